@@ -1,0 +1,40 @@
+"""What a storage driver must do. Called by the runtime alone, never twice at once for the same VM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from agent.machine import Disk, Probe
+from specs.names import Storage as StorageKind
+from specs.names import VmId
+
+
+class Storage(Protocol):
+    """Where disks live. Base images are immutable; a VM's disk is a clone grown to the size asked for."""
+
+    kind: StorageKind
+
+    async def probe(self) -> Probe:
+        """Says whether this storage works here (tools present, folder or pool writable)."""
+        ...
+
+    async def images(self) -> tuple[str, ...]:
+        """Names of the base images that can be cloned, sorted. Half-written ones are not among them."""
+        ...
+
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+        """Clones `image` and grows it to `size_mib`; an existing disk of this VM is kept with its contents.
+
+        An image larger than `size_mib` is refused. Raises ImageMissing, ImageRefused, DoesNotFit, AgentError. Safe to repeat
+        after a cut-off: a half-made clone is never taken for a disk.
+        """
+        ...
+
+    async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
+        """Removes the VM's disk and what an interrupted clone left; nothing there is fine."""
+        ...
+
+    async def capacity_mib(self) -> tuple[int, int]:
+        """(total, free) of where disks live."""
+        ...

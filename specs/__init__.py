@@ -1,0 +1,1 @@
+"""The shared vocabulary: desired state, wire messages, names and spec files. Imports nothing of the other packages."""

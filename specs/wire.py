@@ -1,0 +1,204 @@
+"""What goes over the wire in answers, and between controller and agent. All sizes MiB, all times Unix seconds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from specs.desired import Port, Quantity, UserData
+from specs.names import EngineName, Name, SshKey, Storage, StorageName, check_docker_reference, check_name
+
+VmState = Literal["running", "stopped", "paused", "creating", "failed"]
+Phase = Literal["pending", "progressing", "ready", "degraded", "stopped", "terminating"]
+U32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+CLUSTER_HEADER = "X-Muster-Cluster"
+TERM_HEADER = "X-Muster-Term"
+
+
+class Message(BaseModel):
+    """Base of answers: frozen, unknown fields ignored so that either side may be newer."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Resource(Message):
+    """Capacity and use of a host; `cpu` in vCPUs."""
+
+    cpu_total: U32 = 0
+    cpu_used: U32 = 0
+    mem_total: U32 = 0
+    mem_used: U32 = 0
+    disk_total: U32 = 0
+    disk_used: U32 = 0
+    vm_count: U32 = 0
+
+
+class AgentVm(Message):
+    """One VM as an agent reports it. Only the fields up to `created_at` exist on a plain agent.
+
+    `reason` says why a VM is `failed` or `stopped`: `create_failed` (nothing of it is left on the host; only another
+    create helps), `start_failed`, `crashed`, `exited` (the guest powered itself off), or "" (as asked, or not told).
+    """
+
+    id: Name
+    env_id: str
+    host_id: str = ""
+    image: str
+    engine: EngineName
+    cpu: U32
+    mem: U32
+    disk: U32
+    ip: str = ""
+    port_map: dict[str, int] = Field(default_factory=dict)
+    state: VmState
+    created_at: int = 0
+    reason: str = ""
+    message: str = ""
+    cluster_id: str = ""
+    spec_hash: str = ""
+    pid: int | None = None
+    step: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+class AgentInfo(Message):
+    """GET /api/info of an agent. `version`, `boot_id` and `network` are ours."""
+
+    host_id: Name
+    resource: Resource
+    engines: tuple[EngineName, ...]
+    storage: StorageName
+    images: tuple[str, ...] = ()
+    version: str = ""
+    boot_id: str = ""
+    network: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    images_by_engine: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+
+class CreateVmReq(BaseModel):
+    """POST /api/vms of an agent. The second group is ours and is left out when it says nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vm_id: Name
+    env_id: Name
+    image: str
+    engine: EngineName
+    cpu: Quantity
+    mem: Quantity
+    disk: Quantity
+    ports: tuple[Port, ...] = ()
+    deny_outgoing: bool = False
+    ssh_keys: tuple[SshKey, ...] = ()
+
+    name: Name | None = None
+    user_data: UserData = ""
+    spec_hash: str = ""
+
+    @model_validator(mode="after")
+    def _image_suits_engine(self) -> CreateVmReq:
+        try:
+            (check_docker_reference if self.engine == "docker" else check_name)(self.image)
+        except ValueError as error:
+            raise ValueError(f"image {error}") from None
+        return self
+
+    def wire(self) -> dict[str, Any]:
+        """The JSON object to send: the reference's fields always, ours only when they say something."""
+        body = self.model_dump(mode="json")
+        for ours in ("name", "user_data", "spec_hash"):
+            if not body[ours]:
+                del body[ours]
+        return body
+
+
+class Condition(Message):
+    """One observed fact about an object, as Kubernetes' conditions: `since` is when `status` last changed."""
+
+    type: str
+    status: bool
+    reason: str
+    message: str
+    since: int
+
+
+class Host(Message):
+    """A registered host as the controller answers it."""
+
+    id: str
+    addr: str
+    resource: Resource
+    state: Literal["online", "offline"]
+    engines: tuple[str, ...]
+    storage: Storage
+    registered_at: int
+    heartbeat_age: int | None = None
+    message: str = ""
+
+
+class Vm(Message):
+    """A VM as the controller answers it; the last group is ours."""
+
+    id: str
+    env_id: str
+    host_id: str
+    image: str
+    engine: EngineName
+    cpu: int
+    mem: int
+    disk: int
+    ip: str
+    port_map: dict[str, int]
+    state: VmState
+    created_at: int
+
+    name: str
+    desired: Literal["running", "stopped", "absent"]
+    phase: Phase
+    message: str = ""
+    attempts: int = 0
+    next_attempt_at: int | None = None
+    generation: int = 1
+    observed_generation: int = 0
+    conditions: tuple[Condition, ...] = ()
+
+
+class Env(Message):
+    """An environment as the controller answers it; `expires_at` 0 means never."""
+
+    id: str
+    owner: str
+    vm_ids: tuple[str, ...]
+    created_at: int
+    expires_at: int
+    state: Literal["active", "stopped"]
+
+    phase: Phase
+    generation: int = 1
+    observed_generation: int = 0
+    conditions: tuple[Condition, ...] = ()
+
+
+class ImageInfo(Message):
+    """An image on a host."""
+
+    name: str
+    host_id: str
+
+
+class FleetStatus(Message):
+    """Sums over the fleet; totals count online hosts only."""
+
+    hosts: int = 0
+    hosts_online: int = 0
+    total_vms: int = 0
+    total_envs: int = 0
+    cpu_total: int = 0
+    cpu_used: int = 0
+    mem_total: int = 0
+    mem_used: int = 0
+    disk_total: int = 0
+    disk_used: int = 0
