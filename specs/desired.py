@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_serializer, model_validator
 
 from specs.names import Engine, EngineName, Name, SshKey, check_docker_reference, check_name
 
@@ -114,6 +114,10 @@ class EnvSpec(Request):
             data = {key: value for key, value in data.items() if key != "owner"}
         return data
 
+    @field_serializer("lifetime")
+    def _lifetime_as_accepted(self, value: int) -> int | str:
+        return "never" if value == NEVER else value
+
     @model_validator(mode="after")
     def _someone_can_log_in(self) -> Self:
         if "ssh_keys" in self.model_fields_set:
@@ -150,6 +154,13 @@ class EnvSpec(Request):
             else:
                 out.extend((f"{base}-{number}", vm) for number in range(vm.count))
         return tuple(out)
+
+
+def canonical_env(env: EnvSpec) -> dict[str, Any]:
+    """The shortest JSON object that means the same: two specs are equal exactly if these are. Accepted as a request again."""
+    body = env.model_dump(mode="json", exclude_defaults=True)
+    body["ssh_keys"] = list(env.ssh_keys)
+    return body
 
 
 class HostSpec(Request):

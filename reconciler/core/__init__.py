@@ -1,1 +1,1 @@
-
+"""The decisions, as pure functions over frozen values: no await, clock, randomness, logging or I/O."""

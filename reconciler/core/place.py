@@ -1,0 +1,110 @@
+"""Chooses a host for a VM: best fit over what the controller itself has placed. Every refusal has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from specs.desired import VmSpec
+from specs.names import EnvId, HostId
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoom:
+    """A host as placement sees it. `used` counts what is placed there by us, or by the agent's own word where that is more.
+
+    `images` maps an engine to its image names; None as a key holds names whose engine the agent did not tell.
+    """
+
+    id: HostId
+    addr: str
+    online: bool
+    cordoned: bool
+    engines: frozenset[str]
+    images: Mapping[str | None, frozenset[str]]
+    labels: Mapping[str, str]
+    cpu_total: int
+    cpu_used: int
+    mem_total: int
+    mem_used: int
+    disk_total: int
+    disk_used: int
+    env_vms: Mapping[EnvId, int] = field(default_factory=dict)
+    why_offline: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The chosen host."""
+
+    host_id: HostId
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaceable:
+    """Why each host was refused, in plain words: (host, reason), in the hosts' order. Empty: there is no host at all."""
+
+    reasons: tuple[tuple[str, str], ...]
+
+    def sentence(self) -> str:
+        """All reasons as one line for people."""
+        if not self.reasons:
+            return "no host is registered"
+        return "; ".join(f"{host}: {why}" for host, why in self.reasons)
+
+
+def place(env_id: EnvId, vm: VmSpec, hosts: Iterable[HostRoom]) -> Placement | Unplaceable:
+    """The fullest host that still fits (`spread: hosts`: first of all the one with the fewest VMs of the environment).
+
+    Deterministic: ties go to the lower host id.
+    """
+    best: tuple[tuple[int, float, str], HostId] | None = None
+    reasons: list[tuple[str, str]] = []
+    for host in hosts:
+        why = refusal(vm, host)
+        if why:
+            reasons.append((host.id, why))
+            continue
+        siblings = host.env_vms.get(env_id, 0) if vm.spread == "hosts" else 0
+        rank = (siblings, _free_share(vm, host), host.id)
+        if best is None or rank < best[0]:
+            best = (rank, host.id)
+    return Placement(best[1]) if best else Unplaceable(tuple(reasons))
+
+
+def refusal(vm: VmSpec, host: HostRoom) -> str:
+    """Why this host cannot take the VM, or "" if it can."""
+    if not host.online:
+        return host.why_offline or "offline"
+    if host.cordoned:
+        return "cordoned"
+    if vm.engine.value not in host.engines:
+        return f"has no engine {vm.engine.value} (it has {', '.join(sorted(host.engines)) or 'none'})"
+    missing = [f"{key}={value}" for key, value in vm.host_labels.items() if host.labels.get(key) != value]
+    if missing:
+        return f"lacks the label {', '.join(missing)}"
+    if not _has_image(vm, host):
+        return f"has no {vm.engine.value} image {vm.image}"
+    short = [
+        f"{what} ({wanted} wanted, {max(total - used, 0)} of {total} free)"
+        for what, wanted, total, used in (
+            ("cpu", vm.cpu, host.cpu_total, host.cpu_used),
+            ("mem", vm.mem, host.mem_total, host.mem_used),
+            ("disk", vm.disk, host.disk_total, host.disk_used),
+        )
+        if used + wanted > total
+    ]
+    return f"no room: {', '.join(short)}" if short else ""
+
+
+def _has_image(vm: VmSpec, host: HostRoom) -> bool:
+    return any(vm.image in host.images.get(key, frozenset()) for key in (vm.engine.value, None))
+
+
+def _free_share(vm: VmSpec, host: HostRoom) -> float:
+    """The share of the host left free after placing, summed over cpu, mem and disk; smaller is a better fit."""
+    return (
+        (host.cpu_total - host.cpu_used - vm.cpu) / max(host.cpu_total, 1)
+        + (host.mem_total - host.mem_used - vm.mem) / max(host.mem_total, 1)
+        + (host.disk_total - host.disk_used - vm.disk) / max(host.disk_total, 1)
+    )

@@ -1,0 +1,406 @@
+"""The fleet in memory: durable intents with their indexes, what agents last reported, and what the loop is waiting for.
+
+Called by the loop and the API on one event loop; knows nothing of HTTP or SQL. Every change is told twice: VM ids that
+should be looked at go to `wake`, objects whose visible state may differ go to `changed`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from reconciler.core.model import (
+    Absent,
+    Change,
+    EnvIntent,
+    HostIntent,
+    Observation,
+    Present,
+    Retry,
+    Unknown,
+    VmIntent,
+)
+from reconciler.core.place import HostRoom
+from specs.desired import VmSpec
+from specs.names import ClusterId, EnvId, HostId, VmId
+from specs.wire import AgentInfo, AgentVm, Phase
+
+Kind = Literal["env", "host", "vm"]
+
+
+@dataclass(frozen=True, slots=True)
+class VmStatus:
+    """What the loop last decided about a VM. `next_at` and `Retry.not_before` in monotonic seconds."""
+
+    phase: Phase = "pending"
+    message: str = "accepted"
+    retry: Retry = field(default_factory=Retry)
+    next_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A host's list of VMs. `asked_at` is the tick at which it was asked for; `boot_id` is "" on a plain agent."""
+
+    vms: Mapping[VmId, AgentVm]
+    asked_at: int
+    boot_id: str = ""
+    seq: int = 0
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Touch:
+    """The last call about a VM ended at `tick`; `boot_id`/`seq` as the reply told, if it did."""
+
+    tick: int
+    boot_id: str = ""
+    seq: int = 0
+
+    def is_covered_by(self, report: Report) -> bool:
+        if self.boot_id and self.boot_id == report.boot_id:
+            return report.seq >= self.seq
+        return report.asked_at > self.tick
+
+
+@dataclass(slots=True)
+class HostState:
+    """What is known of a registered host; nothing of it is durable but `intent`."""
+
+    intent: HostIntent
+    online: bool = False
+    why: str = "has not answered yet"
+    heard_at: float | None = None
+    info: AgentInfo | None = None
+    report: Report | None = None
+    vms: dict[VmId, AgentVm] = field(default_factory=dict)
+    touched: dict[VmId, _Touch] = field(default_factory=dict)
+
+    @property
+    def shown_id(self) -> str:
+        """The agent's own id, or the address until it has told one."""
+        return self.intent.id or self.intent.addr
+
+
+@dataclass(slots=True)
+class _Load:
+    cpu: int = 0
+    mem: int = 0
+    disk: int = 0
+    count: int = 0
+
+    def add(self, spec: VmSpec, sign: int) -> None:
+        self.cpu += sign * spec.cpu
+        self.mem += sign * spec.mem
+        self.disk += sign * spec.disk
+        self.count += sign
+
+
+class Fleet:
+    """All state of one controller. Not thread-safe: everything runs on one event loop."""
+
+    def __init__(
+        self,
+        cluster: ClusterId,
+        *,
+        wake: Callable[[VmId], None] = lambda _: None,
+        changed: Callable[[Kind, str], None] = lambda *_: None,
+    ) -> None:
+        self.cluster = cluster
+        self.wake = wake
+        self.changed = changed
+        self.envs: dict[EnvId, EnvIntent] = {}
+        self.vms: dict[VmId, VmIntent] = {}
+        self.hosts: dict[str, HostState] = {}  # by address
+        self.status: dict[VmId, VmStatus] = {}
+        self._env_vms: defaultdict[EnvId, dict[VmId, None]] = defaultdict(dict)
+        self._host_vms: defaultdict[HostId, set[VmId]] = defaultdict(set)
+        self._host_addr: dict[HostId, str] = {}
+        self._unplaced: dict[VmId, None] = {}
+        self._load: defaultdict[HostId, _Load] = defaultdict(_Load)
+        self._host_envs: defaultdict[HostId, defaultdict[EnvId, int]] = defaultdict(lambda: defaultdict(int))
+        self._reserved: dict[VmId, HostId] = {}
+        self._tick = 0
+
+    # ---- durable state
+
+    def apply(self, change: Change) -> None:
+        """Takes over a change that the store has committed."""
+        for env in change.envs:
+            self.envs[env.id] = env
+            self.changed("env", env.id)
+        for vm in change.vms:
+            old = self.vms.get(vm.id)
+            self._set_vm(replace(vm, host_id=old.host_id, gone_at=old.gone_at) if old else vm)
+        for vm_id, host_id in change.placed:
+            self._set_vm(replace(self.vms[vm_id], host_id=host_id))
+        for vm_id, when in change.gone:
+            self._set_vm(replace(self.vms[vm_id], gone_at=when))
+        for vm_id in change.drop_vms:
+            self.vms.pop(vm_id, None)
+        for env_id in change.drop_envs:
+            self.envs.pop(env_id, None)
+            self.changed("env", env_id)
+        for host in change.hosts:
+            self._set_host(host)
+        for addr in change.drop_hosts:
+            state = self.hosts.pop(addr, None)
+            if state and state.intent.id:
+                self._host_addr.pop(state.intent.id, None)
+            self.changed("host", state.shown_id if state else addr)
+            self.wake_unplaced()
+
+    def _set_host(self, host: HostIntent) -> None:
+        state = self.hosts.get(host.addr)
+        if state is None:
+            self.hosts[host.addr] = HostState(host)
+        else:
+            if state.intent.id != host.id:
+                self.changed("host", state.shown_id)
+            state.intent = host
+        if host.id:
+            self._host_addr[host.id] = host.addr
+        self.changed("host", self.hosts[host.addr].shown_id)
+        self.wake_unplaced()
+
+    def _set_vm(self, vm: VmIntent) -> None:
+        old = self.vms.get(vm.id)
+        if old is not None and old.gone_at == 0:
+            self._count(old, -1)
+        self.release(vm.id)
+        self.vms[vm.id] = vm
+        if vm.gone_at:
+            self._env_vms[vm.env_id].pop(vm.id, None)
+            if not self._env_vms[vm.env_id]:
+                del self._env_vms[vm.env_id]
+            self._unplaced.pop(vm.id, None)
+            self.status.pop(vm.id, None)
+            if vm.host_id:
+                self._host_vms[vm.host_id].discard(vm.id)
+                self.wake_unplaced()
+        else:
+            self._count(vm, 1)
+            self._env_vms[vm.env_id][vm.id] = None
+            self.status.setdefault(vm.id, VmStatus())
+            if vm.host_id:
+                self._host_vms[vm.host_id].add(vm.id)
+                self._unplaced.pop(vm.id, None)
+            else:
+                self._unplaced[vm.id] = None
+        if old is not None and (old.desired, old.spec) != (vm.desired, vm.spec) and vm.id in self.status:
+            # A new wish starts afresh: the failures of the old one must not delay it.
+            self.status[vm.id] = replace(self.status[vm.id], retry=Retry(), next_at=None)
+        self.changed("vm", vm.id)
+        self.changed("env", vm.env_id)
+        self.wake(vm.id)
+
+    def _count(self, vm: VmIntent, sign: int) -> None:
+        if vm.host_id:
+            self._add_load(vm.host_id, vm, sign)
+
+    def _add_load(self, host_id: HostId, vm: VmIntent, sign: int) -> None:
+        self._load[host_id].add(vm.spec, sign)
+        envs = self._host_envs[host_id]
+        envs[vm.env_id] += sign
+        if not envs[vm.env_id]:
+            del envs[vm.env_id]
+
+    def reserve(self, vm_id: VmId, host_id: HostId) -> None:
+        """Counts a chosen host as used while the placement is being committed."""
+        self._reserved[vm_id] = host_id
+        self._add_load(host_id, self.vms[vm_id], 1)
+
+    def release(self, vm_id: VmId) -> None:
+        """Gives a reservation back; none is fine."""
+        host_id = self._reserved.pop(vm_id, None)
+        if host_id:
+            self._add_load(host_id, self.vms[vm_id], -1)
+
+    # ---- looking things up
+
+    def env_vms(self, env_id: EnvId) -> list[VmIntent]:
+        """The environment's VMs that are not forgotten yet, oldest first."""
+        return [self.vms[vm_id] for vm_id in self._env_vms.get(env_id, ())]
+
+    def host_vms(self, host_id: HostId) -> list[VmIntent]:
+        """The VMs bound to a host, retired ones included until the host confirms they are gone."""
+        return [self.vms[vm_id] for vm_id in self._host_vms.get(host_id, ())]
+
+    def host(self, host_id_or_addr: str) -> HostState | None:
+        """A host by its id or its address."""
+        addr = self._host_addr.get(HostId(host_id_or_addr), host_id_or_addr)
+        return self.hosts.get(addr)
+
+    def seen(self, vm: VmIntent) -> Observation:
+        """What can be said of a VM on the host it is bound to."""
+        host = self.host(vm.host_id) if vm.host_id else None
+        if host is None:
+            return Unknown(f"host {vm.host_id} is not registered" if vm.host_id else "no host is chosen yet", silent=True)
+        if not host.online:
+            return Unknown(f"host {host.shown_id} is offline: {host.why}", silent=True)
+        if host.report is None:
+            return Unknown(f"host {host.shown_id} has not reported yet")
+        there = host.vms.get(vm.id)
+        if there is not None:
+            return _present(there)
+        if vm.id in host.touched:
+            return Unknown(f"waiting for a report of host {host.shown_id} that is newer than the last call")
+        if not host.report.complete:
+            return Unknown(f"host {host.shown_id} is still looking at what it runs")
+        return Absent()
+
+    def rooms(self) -> list[HostRoom]:
+        """Every registered host as placement sees it, in registration order."""
+        return [self._room(host) for host in self.hosts.values()]
+
+    def _room(self, host: HostState) -> HostRoom:
+        info = host.info
+        host_id = HostId(host.shown_id)
+        load = self._load[host_id] if host.intent.id else _Load()
+        strangers = [vm for vm_id, vm in host.vms.items() if not self._is_ours(vm_id)]
+        resource = info.resource if info else None
+        images: dict[str | None, frozenset[str]] = {}
+        if info and info.images_by_engine:
+            images = {engine: frozenset(names) for engine, names in info.images_by_engine.items()}
+        elif info:
+            images = {None: frozenset(info.images)}
+        return HostRoom(
+            id=host_id,
+            addr=host.intent.addr,
+            online=host.online and host.intent.id is not None and host.report is not None,
+            why_offline="has not reported yet" if host.online else f"offline: {host.why}",
+            cordoned=host.intent.cordoned,
+            engines=frozenset(info.engines) if info else frozenset(),
+            images=images,
+            labels=info.labels if info else {},
+            cpu_total=resource.cpu_total if resource else 0,
+            mem_total=resource.mem_total if resource else 0,
+            disk_total=resource.disk_total if resource else 0,
+            cpu_used=load.cpu + sum(vm.cpu for vm in strangers),
+            mem_used=load.mem + sum(vm.mem for vm in strangers),
+            disk_used=load.disk + sum(vm.disk for vm in strangers),
+            env_vms=self._host_envs[host_id] if host.intent.id else {},
+        )
+
+    def _is_ours(self, vm_id: VmId) -> bool:
+        return vm_id in self.vms
+
+    def strangers(self, host: HostState) -> list[AgentVm]:
+        """What the host runs that the store has never heard of: shown and counted, never touched."""
+        return [vm for vm_id, vm in host.vms.items() if not self._is_ours(vm_id)]
+
+    # ---- observations
+
+    def tick(self) -> int:
+        """A new instant of the logical clock that orders calls and reports."""
+        self._tick += 1
+        return self._tick
+
+    def observe_info(self, addr: str, info: AgentInfo, now: float) -> None:
+        """Takes over what an agent says of itself. Its id has been checked by the caller."""
+        host = self.hosts[addr]
+        came_back = not host.online
+        before = host.info
+        host.online, host.why, host.heard_at, host.info = True, "", now, info
+        if came_back:
+            host.report = None
+        if came_back or before != info:
+            self.changed("host", host.shown_id)
+            self.wake_unplaced()
+
+    def heard(self, addr: str, now: float) -> None:
+        """The host answered something."""
+        host = self.hosts.get(addr)
+        if host is not None:
+            host.heard_at = now
+
+    def observe(self, addr: str, report: Report, now: float) -> bool:
+        """Takes over a host's list, unless it is older than the last one (False)."""
+        host = self.hosts[addr]
+        last = host.report
+        host.heard_at = now
+        if last is not None:
+            if report.boot_id and report.boot_id == last.boot_id and report.seq < last.seq:
+                return False
+            if report.asked_at < last.asked_at:
+                return False
+        held = {vm_id for vm_id, touch in host.touched.items() if not touch.is_covered_by(report)}
+        fresh = {vm_id: vm for vm_id, vm in report.vms.items() if vm_id not in held}
+        fresh.update((vm_id, host.vms[vm_id]) for vm_id in held if vm_id in host.vms)
+        look = [vm_id for vm_id in host.touched if vm_id not in held]
+        look += [vm_id for vm_id in host.vms.keys() | fresh.keys() if host.vms.get(vm_id) != fresh.get(vm_id)]
+        if last is None or last.complete != report.complete or last.boot_id != report.boot_id:
+            look += [vm.id for vm in self.host_vms(HostId(host.shown_id))]
+        host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
+        before, host.vms, host.report = host.vms, fresh, report
+        self._look_at(look)
+        if last is None or any(not self._is_ours(vm_id) for vm_id in before.keys() ^ fresh.keys()):
+            self.wake_unplaced()
+            self.changed("host", host.shown_id)
+        return True
+
+    def observe_reply(self, addr: str, vm_id: VmId, vm: AgentVm | None, boot_id: str, seq: int) -> None:
+        """Takes over the outcome of a call: the VM as the reply shows it, or None where the reply shows none.
+
+        Reports older than this moment say nothing about the VM any more.
+        """
+        host = self.hosts.get(addr)
+        if host is None:
+            return
+        host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
+        if vm is not None:
+            host.vms[vm_id] = vm
+        else:
+            host.vms.pop(vm_id, None)
+        self.changed("vm", vm_id)
+        intent = self.vms.get(vm_id)
+        if intent:
+            self.changed("env", intent.env_id)
+
+    def lost(self, addr: str, why: str) -> None:
+        """The host is offline: nothing is known of its VMs until it reports again."""
+        host = self.hosts.get(addr)
+        if host is None:
+            return
+        was_online, changed = host.online, host.why != why
+        host.online, host.why, host.report = False, why, None
+        if was_online or changed:
+            self.changed("host", host.shown_id)
+        if was_online:
+            self._look_at(vm.id for vm in self.host_vms(HostId(host.shown_id)))
+            self.wake_unplaced()
+
+    def _look_at(self, vm_ids: Iterable[VmId]) -> None:
+        for vm_id in dict.fromkeys(vm_ids):
+            intent = self.vms.get(vm_id)
+            if intent is not None:
+                self.wake(vm_id)
+                self.changed("vm", vm_id)
+                self.changed("env", intent.env_id)
+
+    def wake_unplaced(self) -> None:
+        """Room, images or hosts may have come: everything without a host is looked at again."""
+        for vm_id in self._unplaced:
+            self.wake(vm_id)
+
+    def set_status(self, vm_id: VmId, status: VmStatus) -> None:
+        """Records what the loop decided; tells watchers only if it differs."""
+        if vm_id in self.status and self.status[vm_id] != status:
+            self.status[vm_id] = status
+            self.changed("vm", vm_id)
+            self.changed("env", self.vms[vm_id].env_id)
+
+
+def _present(vm: AgentVm) -> Present:
+    return Present(
+        state=vm.state,
+        reason=vm.reason,
+        message=vm.message,
+        step=vm.step,
+        ip=vm.ip,
+        ports=vm.port_map,
+        cluster_id=vm.cluster_id,
+        warnings=vm.warnings,
+    )

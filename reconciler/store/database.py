@@ -1,0 +1,303 @@
+"""The one owner of the database. A writer thread commits what many callers hand in as one transaction (group commit)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+import structlog
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
+from reconciler.store.schema import envs, hosts, meta, vms
+from specs.desired import EnvSpec, VmSpec, canonical_env
+from specs.names import ClusterId, EnvId, HostId, VmId
+
+log = structlog.get_logger()
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_SECONDS = 5.0  # how long a write waits for another process that holds the database before it is refused
+_MAX_GROUP = 4096  # changes a transaction
+
+
+class StoreUnavailable(Exception):
+    """The write did not happen and nothing of it is kept: the database is locked, full or unreadable. Worth a retry."""
+
+
+class StoreCorrupt(Exception):
+    """The database cannot be trusted; the controller must not start, and the fleet is left as it is."""
+
+
+class Database:
+    """Desired state on disk. `open` in any thread, `commit` from the event loop, `close` at the end."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine: sa.Engine | None = None
+        self._pending: queue.SimpleQueue[tuple[Change | None, asyncio.Future[None] | None]] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self.commits = 0
+        self.changes = 0
+
+    @classmethod
+    def at(cls, path: Path) -> Database:
+        """A SQLite database file; its folder must exist."""
+        return cls(f"sqlite:///{path}")
+
+    # ---- opening
+
+    def open(self) -> None:
+        """Checks, migrates and opens the database. Raises StoreCorrupt, StoreUnavailable."""
+        engine = sa.create_engine(self.url)
+        if engine.dialect.name == "sqlite":
+            sa.event.listen(engine, "connect", _sqlite_pragmas)
+            sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        try:
+            with engine.begin() as connection:
+                if engine.dialect.name == "sqlite":
+                    verdict = connection.exec_driver_sql("PRAGMA quick_check").scalar()
+                    if verdict != "ok":
+                        raise StoreCorrupt(f"{self.url} is damaged ({verdict}); restore it from a backup, nothing was changed")
+                _migrate(connection)
+        except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+            engine.dispose()
+            if isinstance(error, sa.exc.OperationalError):
+                raise StoreUnavailable(f"{self.url} cannot be opened: {error.orig}") from error
+            raise StoreCorrupt(f"{self.url} is not a database of muster: {error}") from error
+        except CommandError as error:
+            engine.dispose()
+            raise StoreCorrupt(f"{self.url} was written by a newer muster: {error}") from error
+        self._engine = engine
+        self._writer = threading.Thread(target=self._write_forever, name="store-writer", daemon=True)
+        self._writer.start()
+
+    def begin_term(self) -> tuple[ClusterId, int]:
+        """The cluster's id, made at first, and a term higher than every one before; both durable on return."""
+        with self._open_engine().begin() as connection:
+            rows = {row.key: row.value for row in connection.execute(sa.select(meta))}
+            cluster = rows.get("cluster") or uuid.uuid4().hex[:12]
+            term = int(rows.get("term", "0")) + 1
+            for key, value in (("cluster", cluster), ("term", str(term))):
+                self._upsert(connection, meta, [{"key": key, "value": value}], keep=())
+        return ClusterId(cluster), term
+
+    def load(self) -> Change:
+        """Everything recorded, as one change to apply to an empty fleet. Raises StoreCorrupt on a row it cannot read."""
+        with self._open_engine().connect() as connection:
+            try:
+                return Change(
+                    envs=tuple(
+                        _env_from(row) for row in connection.execute(sa.select(envs).order_by(envs.c.created_at, envs.c.id))
+                    ),
+                    vms=tuple(_vms_from(connection.execute(sa.select(vms).order_by(vms.c.created_at, vms.c.id)))),
+                    hosts=tuple(
+                        HostIntent(row.addr, HostId(row.id) if row.id else None, row.registered_at, row.cordoned)
+                        for row in connection.execute(sa.select(hosts).order_by(hosts.c.registered_at, hosts.c.addr))
+                    ),
+                )
+            except ValueError as error:
+                raise StoreCorrupt(f"{self.url} holds a record this version cannot read: {error}") from error
+
+    def _open_engine(self) -> sa.Engine:
+        if self._engine is None:
+            raise StoreUnavailable(f"{self.url} is not open")
+        return self._engine
+
+    # ---- writing
+
+    async def commit(self, change: Change) -> None:
+        """Returns once the change is on disk; raises StoreUnavailable if it is not, and then nothing of it is."""
+        if self._writer is None:
+            raise StoreUnavailable(f"{self.url} is not open")
+        done = asyncio.get_running_loop().create_future()
+        self._pending.put((change, done))
+        await done
+
+    def close(self) -> None:
+        """Commits what is pending and closes."""
+        if self._writer is not None:
+            self._pending.put((None, None))
+            self._writer.join()
+            self._writer = None
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def _write_forever(self) -> None:
+        while True:
+            group = [self._pending.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(group) < _MAX_GROUP:
+                    group.append(self._pending.get_nowait())
+            last = any(change is None for change, _ in group)
+            waiting = [(change, done) for change, done in group if change is not None and done is not None]
+            if waiting:
+                self._finish(waiting, self._try_write([change for change, _ in waiting]))
+            if last:
+                return
+
+    def _try_write(self, changes: list[Change]) -> StoreUnavailable | None:
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception_type(sa.exc.OperationalError),
+                wait=wait_exponential_jitter(multiplier=0.02, max=0.5),
+                stop=stop_after_delay(BUSY_SECONDS),
+                reraise=True,
+            ):
+                with attempt, self._open_engine().begin() as connection:
+                    for change in changes:
+                        self._write(connection, change)
+        except sa.exc.SQLAlchemyError as error:
+            reason = getattr(error, "orig", None) or error
+            log.warning("store write refused", error=str(reason), changes=len(changes))
+            return StoreUnavailable(f"the change was not recorded: {reason}")
+        except Exception as error:  # a dead writer thread would leave every caller waiting for ever
+            log.exception("store write failed", changes=len(changes))
+            return StoreUnavailable(f"the change was not recorded: {error}")
+        self.commits += 1
+        self.changes += len(changes)
+        return None
+
+    @staticmethod
+    def _finish(waiting: list[tuple[Change, asyncio.Future[None]]], error: StoreUnavailable | None) -> None:
+        def resolve() -> None:
+            for _, done in waiting:
+                if done.done():
+                    continue
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(StoreUnavailable(*error.args))
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended with the process; nobody waits any more
+            waiting[0][1].get_loop().call_soon_threadsafe(resolve)
+
+    def _write(self, connection: sa.Connection, change: Change) -> None:
+        self._upsert(connection, envs, [_env_row(env) for env in change.envs], keep=())
+        cache: dict[int, str] = {}
+        self._upsert(connection, vms, [_vm_row(vm, cache) for vm in change.vms], keep=("host_id", "gone_at"))
+        self._upsert(connection, hosts, [_host_row(host) for host in change.hosts], keep=())
+        _update_vms(connection, "host_id", change.placed)
+        _update_vms(connection, "gone_at", change.gone)
+        for table, column, keys in (
+            (vms, vms.c.id, change.drop_vms),
+            (envs, envs.c.id, change.drop_envs),
+            (hosts, hosts.c.addr, change.drop_hosts),
+        ):
+            if keys:
+                connection.execute(
+                    sa.delete(table).where(column == sa.bindparam("dropped")), [{"dropped": key} for key in keys]
+                )
+
+    def _upsert(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]], keep: tuple[str, ...]) -> None:
+        if not rows:
+            return
+        insert = postgresql_insert if connection.dialect.name == "postgresql" else sqlite_insert
+        statement = insert(table)
+        key = [column.name for column in table.primary_key]
+        changed = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in key and c.name not in keep}
+        connection.execute(statement.on_conflict_do_update(index_elements=key, set_=changed), rows)
+
+
+def _update_vms(connection: sa.Connection, column: str, pairs: Iterable[tuple[VmId, object]]) -> None:
+    rows = [{"vm": vm_id, "new": value} for vm_id, value in pairs]
+    if rows:
+        statement = sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
+        connection.execute(statement, rows)
+
+
+def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    # Left to itself, sqlite3 commits before DDL: a crash in a migration would leave half of it.
+    connection.isolation_level = None
+    # An answer means "on disk": WAL with FULL syncs the log at every commit (https://sqlite.org/pragma.html#pragma_synchronous).
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=1000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    ScriptDirectory.from_config(config)
+    command.upgrade(config, "head")
+
+
+def _env_row(env: EnvIntent) -> dict[str, Any]:
+    return {
+        "id": env.id,
+        "spec": orjson.dumps(canonical_env(env.spec)).decode(),
+        "power": env.power,
+        "generation": env.generation,
+        "rolled": env.rolled,
+        "created_at": env.created_at,
+        "expires_at": env.expires_at,
+        "deleting": env.deleting,
+    }
+
+
+def _env_from(row: Any) -> EnvIntent:
+    return EnvIntent(
+        id=EnvId(row.id),
+        spec=EnvSpec.model_validate(orjson.loads(row.spec)),
+        power=row.power,
+        generation=row.generation,
+        rolled=row.rolled,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        deleting=row.deleting,
+    )
+
+
+def _vm_row(vm: VmIntent, cache: dict[int, str]) -> dict[str, Any]:
+    if id(vm.spec) not in cache:
+        cache[id(vm.spec)] = vm.spec.model_dump_json(exclude_defaults=True)
+    return {
+        "id": vm.id,
+        "env_id": vm.env_id,
+        "name": vm.name,
+        "spec": cache[id(vm.spec)],
+        "spec_hash": vm.spec_hash,
+        "desired": vm.desired,
+        "host_id": vm.host_id,
+        "created_at": vm.created_at,
+        "generation": vm.generation,
+        "gone_at": vm.gone_at,
+    }
+
+
+def _vms_from(rows: Iterable[Any]) -> Iterable[VmIntent]:
+    specs: dict[str, VmSpec] = {}  # equal machines share one value in memory
+    for row in rows:
+        if row.spec not in specs:
+            specs[row.spec] = VmSpec.model_validate(orjson.loads(row.spec))
+        yield VmIntent(
+            id=VmId(row.id),
+            env_id=EnvId(row.env_id),
+            name=row.name,
+            spec=specs[row.spec],
+            spec_hash=row.spec_hash,
+            desired=row.desired,
+            host_id=HostId(row.host_id) if row.host_id else None,
+            created_at=row.created_at,
+            generation=row.generation,
+            gone_at=row.gone_at,
+        )
+
+
+def _host_row(host: HostIntent) -> dict[str, Any]:
+    return {"addr": host.addr, "id": host.id, "registered_at": host.registered_at, "cordoned": host.cordoned}
