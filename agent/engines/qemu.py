@@ -1,0 +1,254 @@
+"""Virtual machines under QEMU, one process each. Called by the runtime, one call at a time per VM.
+
+The VM's folder and the process table are the whole truth: nothing that matters is kept in memory, so that an agent started
+anew answers the same. The end of a process is noticed through its pidfd, how it ended is read from what QEMU itself left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import timedelta
+from pathlib import Path
+
+from agent import accel as acceleration
+from agent import process
+from agent.engines import qemu_qmp
+from agent.engines.base import OnExit
+from agent.engines.qemu_argv import SEED, STDERR, qemu_argv
+from agent.engines.qemu_folder import VmFolder, find_processes
+from agent.errors import AgentError, Unsupported
+from agent.machine import EngineState, Machine, Probe, Running, Unusable, Usable
+from agent.process import ExitWatch, ProcessRecord
+from agent.seed import check_user_data, write_seed
+from specs.names import Engine as EngineKind
+from specs.names import VmId
+from specs.wire import CreateVmReq
+
+MAX_CPUS = 255  # of the q35 machine without an interrupt-remapping unit
+START_LIMIT = 30.0  # seconds until QEMU's monitor answers
+QUIT_LIMIT = 5.0  # seconds from `quit` to the end of the process, which writes its caches out
+# A guest that is still booting loses the button press, so it is pressed again.
+POWER_BUTTON_EVERY = 3.0  # seconds
+_LOOK_EVERY = 0.02  # seconds; for the socket of a process that starts
+
+
+class QemuEngine:
+    """The qemu driver (see agent/engines/base.py for what each method promises)."""
+
+    kind = EngineKind.QEMU
+    needs_disk = True
+
+    def __init__(
+        self,
+        runtime_dir: Path,
+        storage_images: Callable[[], Awaitable[tuple[str, ...]]],
+        accel: acceleration.Wanted,
+        state_dir: Path,
+        binary: str = "qemu-system-x86_64",
+        image_dir: Path | None = None,
+    ) -> None:
+        """`image_dir` is where the image that proves KVM may lie; `storage_images` names what disks can be cloned from."""
+        self.on_exit: OnExit = lambda _: None
+        self._runtime_dir = runtime_dir.resolve()
+        self._storage_images = storage_images
+        self._wanted = accel
+        self._state_dir = state_dir
+        self._binary = binary
+        self._image_dir = image_dir
+        self._choice: acceleration.Choice | None = None
+        self._choosing = asyncio.Lock()
+        self._watches: dict[VmId, ExitWatch] = {}
+        self._found: dict[VmId, ProcessRecord] | None = None
+        self._finding = asyncio.Lock()
+
+    async def probe(self) -> Probe:
+        """Starts guests to find the accelerator that works. Unusable without QEMU or with a demanded KVM that does not run."""
+        if shutil.which(self._binary) is None or shutil.which("qemu-img") is None:
+            return Unusable("QEMU is not installed; apt-get install qemu-system-x86 qemu-utils")
+        try:
+            return Usable(detail=(await self._acceleration()).detail)
+        except AgentError as error:
+            return Unusable(error.message)
+
+    async def images(self) -> tuple[str, ...]:
+        """What the storage driver can clone."""
+        return await self._storage_images()
+
+    def check(self, request: CreateVmReq) -> tuple[str, ...]:
+        """Everything asked for is honoured, up to the number of processors a machine can have and user data a guest knows."""
+        if request.cpu > MAX_CPUS:
+            raise Unsupported(f"cpu {request.cpu} is more than the {MAX_CPUS} processors a QEMU machine can have")
+        check_user_data(request.user_data)
+        return ()
+
+    async def prepare(self, machine: Machine) -> None:
+        """Writes the seed image. A running VM keeps the one it was booted with."""
+        if await self._live(machine.id, machine.folder) is None:
+            await _finish(asyncio.to_thread(write_seed, machine.folder / SEED, machine))
+
+    async def start(self, machine: Machine) -> None:
+        """Starts QEMU and returns once its monitor says the machine runs. Raises AgentError with QEMU's own complaint."""
+        folder = VmFolder(machine.folder)
+        if await self._live(machine.id, machine.folder) is not None:
+            folder.forget_asked()  # from here on it is meant to run, whatever an interrupted stop began
+            return
+        if not folder.is_prepared:
+            raise AgentError(f"VM {machine.id} has no seed image in {machine.folder}: it was not prepared")
+        argv = qemu_argv(machine, (await self._acceleration()).accel, self._binary)
+        # Not to be cut off between the process and its record: a running VM nobody knows would hold the disk.
+        await _finish(self._launch(machine.id, folder, argv))
+        await self._booted(machine, folder, self._watches[machine.id])
+
+    async def _launch(self, vm_id: VmId, folder: VmFolder, argv: list[str]) -> None:
+        def blocking() -> ProcessRecord:
+            folder.forget_last_run()
+            record = process.spawn(argv, cwd=folder.path, log=folder.path / STDERR)
+            folder.adopt(record)
+            return record
+
+        self._watch(vm_id, folder, await asyncio.to_thread(blocking))
+
+    async def _booted(self, machine: Machine, folder: VmFolder, watch: ExitWatch) -> None:
+        """Returns when QEMU's monitor answers: by then the machine is complete and its processors run."""
+        try:
+            async with asyncio.timeout(START_LIMIT):
+                while not folder.has_monitor and not await _gone(watch, _LOOK_EVERY):
+                    continue
+                if not watch.gone.is_set():
+                    await qemu_qmp.execute(folder.path, "query-status", limit=START_LIMIT)
+        except (AgentError, TimeoutError) as error:
+            # A guest may power itself off before the monitor is asked; a QEMU that ends for another reason has not booted it.
+            if not await _gone(watch, 1.0):
+                await process.kill(watch.record)
+                raise AgentError(f"QEMU of VM {machine.id} started but its monitor did not answer: {error}") from error
+        if watch.gone.is_set() and folder.ending().reason == "crashed":
+            raise AgentError(f"QEMU did not start VM {machine.id}: {folder.complaint() or folder.ending().message}")
+
+    async def stop(self, machine: Machine, grace: timedelta) -> None:
+        """Presses the power button, after `grace` makes QEMU quit, at last kills it. Raises AgentError if even that fails."""
+        folder = VmFolder(machine.folder)
+        watch = await self._live(machine.id, machine.folder)
+        folder.note_asked()
+        if watch is None or await self._powers_down(folder, watch, grace.total_seconds()):
+            return
+        with contextlib.suppress(AgentError):
+            await qemu_qmp.execute(folder.path, "quit")
+            if await _gone(watch, QUIT_LIMIT):
+                return
+        await process.kill(watch.record)
+
+    async def _powers_down(self, folder: VmFolder, watch: ExitWatch, grace: float) -> bool:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace
+        while (left := deadline - loop.time()) > 0:
+            try:
+                await qemu_qmp.execute(folder.path, "system_powerdown", limit=min(left, qemu_qmp.LIMIT))
+            except AgentError:  # its monitor closes just before the process ends; or it hangs, and waiting is no use
+                return await _gone(watch, min(left, 1.0))
+            if await _gone(watch, min(POWER_BUTTON_EVERY, deadline - loop.time())):
+                return True
+        return watch.gone.is_set()
+
+    async def destroy(self, vm_id: VmId, folder: Path) -> None:
+        """Kills QEMU, also one whose record or folder is gone, and removes the driver's files."""
+        watch = await self._live(vm_id, folder)
+        records = {watch.record} if watch else set()
+        with contextlib.suppress(KeyError):
+            records.add((await self._find())[vm_id])
+        VmFolder(folder).note_asked()
+        for record in records:
+            await process.kill(record)
+        self._forget(vm_id)
+        VmFolder(folder).remove_files()
+
+    async def state(self, vm_id: VmId, folder: Path) -> EngineState | None:
+        """Asks the process table; a stopped VM's reason comes from what QEMU left in the folder."""
+        watch = await self._live(vm_id, folder)
+        files = VmFolder(folder)
+        if watch is not None:
+            files.bound_console()
+            return Running(watch.record.pid)
+        return files.ending() if files.is_prepared else None
+
+    async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
+        """Kills QEMU processes of this runtime folder whose VM is not in `known`."""
+        removed = []
+        for vm_id, record in sorted((await self._find()).items()):
+            if vm_id not in known:
+                await self.destroy(vm_id, self._runtime_dir / vm_id)
+                removed.append(f"QEMU process {record.pid} of unknown VM {vm_id}")
+        return tuple(removed)
+
+    async def close(self) -> None:
+        """Stops watching; the processes have sessions of their own and go on."""
+        for vm_id in list(self._watches):
+            self._forget(vm_id)
+
+    async def _acceleration(self) -> acceleration.Choice:
+        async with self._choosing:
+            if self._choice is None:
+                self._choice = await acceleration.choose(
+                    self._wanted, binary=self._binary, image_dir=self._image_dir, state_dir=self._state_dir
+                )
+            return self._choice
+
+    async def _live(self, vm_id: VmId, folder: Path) -> ExitWatch | None:
+        """The watch on the VM's living process, adopting one that an earlier agent started; None if none lives."""
+        watch = self._watches.get(vm_id)
+        if watch is not None:
+            if process.alive(watch.record):
+                return watch
+            await watch.gone.wait()  # dead already: the kernel has told, the loop has yet to hear it
+        files = VmFolder(folder)
+        record = files.record()
+        if record is None or not process.alive(record):
+            record = await self._orphan(vm_id)
+            if record is None:
+                return None
+            files.adopt(record)
+        return self._watch(vm_id, files, record)
+
+    async def _orphan(self, vm_id: VmId) -> ProcessRecord | None:
+        """A process whose record was never written because its agent was killed right then. Looked for once per agent."""
+        async with self._finding:
+            if self._found is None:
+                self._found = await self._find()
+        record = self._found.pop(vm_id, None)
+        return record if record is not None and process.alive(record) else None
+
+    async def _find(self) -> dict[VmId, ProcessRecord]:
+        return await asyncio.to_thread(find_processes, self._runtime_dir, self._binary)
+
+    def _watch(self, vm_id: VmId, folder: VmFolder, record: ProcessRecord) -> ExitWatch:
+        def ended(status: int | None) -> None:
+            folder.note_exit(status)
+            self.on_exit(vm_id)
+
+        self._forget(vm_id)
+        watch = self._watches[vm_id] = ExitWatch(record, ended)
+        return watch
+
+    def _forget(self, vm_id: VmId) -> None:
+        watch = self._watches.pop(vm_id, None)
+        if watch is not None:
+            watch.close()
+
+
+async def _gone(watch: ExitWatch, limit: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit):
+            await watch.gone.wait()
+    return watch.gone.is_set()
+
+
+async def _finish(work: Coroutine[object, object, None]) -> None:
+    """Carries a step through even if the caller is cancelled meanwhile, and only then lets the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

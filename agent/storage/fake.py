@@ -1,0 +1,88 @@
+"""Disks in memory, for tests of the runtime. Keeps the same promises as the real drivers (one contract suite runs on all)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.errors import DoesNotFit, ImageMissing, ImageRefused
+from agent.faults import Faults
+from agent.machine import Disk, Probe, Usable
+from specs.names import Storage as StorageKind
+from specs.names import VmId
+
+
+@dataclass(slots=True)
+class FakeDisk:
+    """One clone. `whole` is False for what an interrupted clone left."""
+
+    image: str
+    size_mib: int
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class FakeDisks:
+    """What survives an agent restart: the disks of one host. `images` maps a base image to its size in MiB."""
+
+    images: dict[str, int] = field(default_factory=lambda: {"tiny": 64})
+    disks: dict[VmId, FakeDisk] = field(default_factory=dict)
+    total_mib: int = 1_000_000
+    faults: Faults = field(default_factory=Faults)
+
+    @property
+    def free_mib(self) -> int:
+        """As if every disk were written full."""
+        return self.total_mib - sum(disk.size_mib for disk in self.disks.values())
+
+
+class FakeStorage:
+    """A storage driver over `FakeDisks`. Its faults' steps: ensure_disk, ensure_disk.half, ensure_disk.done, remove_disk, …."""
+
+    def __init__(self, world: FakeDisks | None = None, kind: StorageKind = StorageKind.FILE) -> None:
+        self.world = world if world is not None else FakeDisks()
+        self.kind = kind
+
+    async def probe(self) -> Probe:
+        """Usable always."""
+        await self.world.faults.reach("probe")
+        return Usable("in memory")
+
+    async def images(self) -> tuple[str, ...]:
+        """The names given to the world."""
+        await self.world.faults.reach("images")
+        return tuple(sorted(self.world.images))
+
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+        """Clones in two moves, so that it can be cut off between them."""
+        world = self.world
+        await world.faults.reach("ensure_disk", vm_id)
+        disk = world.disks.get(vm_id)
+        if disk is None or not disk.whole:
+            world.disks.pop(vm_id, None)
+            if image not in world.images:
+                raise ImageMissing(
+                    f"image {image} is not on this host (there: {', '.join(sorted(world.images)) or 'none at all'})"
+                )
+            if world.images[image] > size_mib:
+                raise ImageRefused(
+                    f"image {image} is {world.images[image]} MiB large and does not fit a disk of {size_mib} MiB"
+                )
+            if size_mib > world.free_mib:
+                raise DoesNotFit(f"there is no room for a disk of {size_mib} MiB")
+            disk = world.disks[vm_id] = FakeDisk(image, size_mib)
+            await world.faults.reach("ensure_disk.half", vm_id)
+            disk.whole = True
+        await world.faults.reach("ensure_disk.done", vm_id)
+        return Disk(folder / "disk.qcow2", "qcow2")
+
+    async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
+        """Forgets the disk."""
+        await self.world.faults.reach("remove_disk", vm_id)
+        self.world.disks.pop(vm_id, None)
+        await self.world.faults.reach("remove_disk.done", vm_id)
+
+    async def capacity_mib(self) -> tuple[int, int]:
+        """The world's totals."""
+        await self.world.faults.reach("capacity")
+        return self.world.total_mib, self.world.free_mib

@@ -1,0 +1,120 @@
+"""The file driver keeps its promises with real qcow2 files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.errors import CommandFailed, DoesNotFit, ImageMissing, ImageRefused
+from agent.machine import Disk, Unusable
+from agent.run import run
+from agent.storage.base import Storage
+from agent.storage.file import FileStorage
+from specs.names import VmId
+from tests.contract.storage_contract import VM, StorageContract, StorageRig
+
+pytestmark = pytest.mark.real
+MIB = 1024 * 1024
+
+
+class FileRig(StorageRig):
+    """`base` is a qcow2 file, `other` a raw one; each begins with its name."""
+
+    base_mib = 4
+
+    def __init__(self, runtime_dir: Path, image_dir: Path) -> None:
+        super().__init__(runtime_dir)
+        self.image_dir = image_dir
+
+    async def make_images(self) -> None:
+        self.image_dir.mkdir()
+        for name in ("base", "other"):
+            (self.image_dir / f"{name}.raw").write_bytes(name.encode().ljust(self.base_mib * MIB, b"\0"))
+        raw = self.image_dir / "base.raw"
+        await run("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, self.image_dir / "base.qcow2")
+        raw.unlink()
+
+    def new_storage(self) -> Storage:
+        return FileStorage(self.image_dir, self.runtime_dir)
+
+    async def contents(self, disk: Disk) -> tuple[str, int]:
+        assert disk.format == "qcow2"
+        facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", "qcow2", disk.path))
+        flat = disk.path.with_name("flat.raw")
+        await run("qemu-img", "convert", "-q", "-f", "qcow2", "-O", "raw", disk.path, flat)
+        name = flat.read_bytes()[:16].rstrip(b"\0").decode()
+        flat.unlink()
+        return name, facts["virtual-size"] // MIB
+
+    async def leave_half_made(self, vm_id: VmId) -> None:
+        (self.folder(vm_id) / ".disk.qcow2.new").write_bytes(b"QFI\xfb half")
+
+    async def remains(self, vm_id: VmId) -> list[str]:
+        return [path.name for path in self.folder(vm_id).iterdir()]
+
+
+@pytest.fixture
+async def storage_rig(tmp_path: Path) -> FileRig:
+    rig = FileRig(tmp_path / "runtime", tmp_path / "images")
+    await rig.make_images()
+    return rig
+
+
+class TestFileStorage(StorageContract):
+    """All of the contract."""
+
+    async def test_an_overlay_names_its_base_and_the_bases_format_absolutely(self, storage_rig: FileRig) -> None:
+        disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "other", 64)
+        facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", "qcow2", disk.path))
+        assert facts["backing-filename"] == str((storage_rig.image_dir / "other.raw").resolve())
+        assert facts["backing-filename-format"] == "raw"
+
+    async def test_a_disk_takes_next_to_no_room(self, storage_rig: FileRig) -> None:
+        disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "base", 1024 * 1024)
+        assert disk.path.stat().st_blocks * 512 < MIB
+
+    async def test_an_image_that_opens_other_files_is_refused(self, storage_rig: FileRig) -> None:
+        evil = storage_rig.image_dir / "evil.qcow2"
+        await run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", storage_rig.image_dir / "other.raw", evil)
+        with pytest.raises(ImageRefused, match="backing file"):
+            await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "evil", 64)
+        assert await storage_rig.remains(VM) == []
+
+    async def test_paths_with_special_characters_reach_qemu_img_whole(self, tmp_path: Path) -> None:
+        rig = FileRig(tmp_path / "run,time dir=1", tmp_path / 'ima"ges, dir=ü')
+        await rig.make_images()
+        disk = await rig.new_storage().ensure_disk(VM, rig.folder(), "base", 64)
+        assert await rig.contents(disk) == ("base", 64)
+
+    async def test_a_full_filesystem_is_no_room_and_leaves_nothing(self, storage_rig: FileRig, tmp_path: Path) -> None:
+        full = tmp_path / "full"
+        full.mkdir()
+        await run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full)
+        try:
+            folder = full / VM
+            folder.mkdir()
+            with pytest.raises(DoesNotFit, match="no room"):
+                await FileStorage(storage_rig.image_dir, full).ensure_disk(VM, folder, "base", 64)
+            assert list(folder.iterdir()) == []
+        finally:
+            await run("umount", full)
+
+    async def test_a_folder_that_is_gone_is_a_failure_with_its_command(self, storage_rig: FileRig, tmp_path: Path) -> None:
+        with pytest.raises(CommandFailed, match="qemu-img create"):
+            await storage_rig.new_storage().ensure_disk(VM, tmp_path / "gone", "base", 64)
+
+    async def test_no_image_directory_is_no_images(self, storage_rig: FileRig, tmp_path: Path) -> None:
+        storage = FileStorage(tmp_path / "absent", storage_rig.runtime_dir)
+        assert await storage.images() == ()
+        with pytest.raises(ImageMissing, match="none at all"):
+            await storage.ensure_disk(VM, storage_rig.folder(), "base", 64)
+
+    async def test_without_qemu_img_the_storage_says_what_to_install(
+        self, storage_rig: FileRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", "/nonexistent")
+        probe = await storage_rig.new_storage().probe()
+        assert isinstance(probe, Unusable)
+        assert "apt-get install qemu-utils" in probe.why
