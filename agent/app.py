@@ -1,0 +1,27 @@
+"""The agent's route table. Called by main and by tests."""
+
+from __future__ import annotations
+
+from tornado.web import Application
+
+from agent import handlers, http
+from agent.handlers import Services, explain
+
+
+def make_app(services: Services, access: http.Access) -> Application:
+    """Every path the agent serves."""
+    vm = r"/api/vms/(?P<vm_id>[^/]+)"
+    return http.application(
+        [
+            (r"/api/info", handlers.InfoHandler),
+            (r"/api/images", handlers.ImagesHandler),
+            (r"/api/vms", handlers.VmsHandler),
+            (vm, handlers.VmHandler),
+            (rf"{vm}/(?P<verb>stop|start)", handlers.PowerHandler),
+            (r"/healthz", handlers.HealthHandler),
+            (r"/readyz", handlers.ReadyHandler),
+        ],
+        access=access,
+        explain=explain,
+        services=services,
+    )
