@@ -20,6 +20,7 @@ from typing import Literal
 from agent import process
 from agent.engines.qemu_argv import SANDBOX, Accel, accel_argv
 from agent.errors import AgentError, CommandFailed
+from agent.images.catalogue import inspect
 from agent.run import run
 
 Wanted = Literal["auto", "kvm", "tcg"]
@@ -86,7 +87,10 @@ async def _why_not_kvm(binary: str, version: str, image_dir: Path | None, state_
     if why_not:
         why_not = f"{device} does not run a guest ({why_not})"
     elif image is not None:
-        booted = await boots(image, "kvm", binary=binary, work_dir=state_dir / "accel-proof", limit=limit)
+        try:
+            booted = await boots(image, "kvm", binary=binary, work_dir=state_dir / "accel-proof", limit=limit)
+        except AgentError as error:  # not kept: this says nothing about KVM
+            return f"{device} could not be proven: {error.message}"
         why_not = "" if booted else f"{device} does not boot a guest (no ready line of {image.name} within {limit:g} s)"
     elif runs_under_hypervisor():
         # Not kept: as soon as the image is there, the next start of the agent can find out.
@@ -148,14 +152,15 @@ async def _boot_sector_trouble(binary: str, accel: Accel, limit: float) -> str:
 async def boots(image: Path, accel: Accel, *, binary: str, work_dir: Path, limit: float) -> bool:
     """Boots a copy-on-write clone of a qcow2 image; whether its serial console says it is ready within `limit` seconds.
 
-    `image` is absolute; `work_dir` holds the clone and the identity of the process, so that one an earlier agent left behind is ended first.
-    Raises AgentError if QEMU or qemu-img cannot be run.
+    `image` is absolute; `work_dir` holds the clone and the identity of the process, so that one an earlier agent left
+    behind is ended first. Raises ImageRefused for an unsafe image, AgentError if QEMU or qemu-img cannot be run.
     """
     record_file, disk, serial = work_dir / "process.json", work_dir / "disk.qcow2", work_dir / "serial.log"
     stale = process.read_record(record_file)
     if stale is not None:
         await process.kill(stale)
     await asyncio.to_thread(_empty, work_dir)
+    await inspect(image, "qcow2")
     await run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, disk)
     argv = [
         *_proof_argv(binary, accel, disk, "qcow2", 256),
