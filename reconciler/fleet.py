@@ -6,6 +6,7 @@ should be looked at go to `wake`, objects whose visible state may differ go to `
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,16 +29,22 @@ from specs.names import ClusterId, EnvId, HostId, VmId
 from specs.wire import AgentInfo, AgentVm, Phase
 
 Kind = Literal["env", "host", "vm"]
+ACCEPTED = "accepted"
 
 
 @dataclass(frozen=True, slots=True)
 class VmStatus:
-    """What the loop last decided about a VM. `next_at` and `Retry.not_before` in monotonic seconds."""
+    """What the loop last decided about a VM. Times in monotonic seconds.
+
+    `settled`: nothing is left to do for it, since `settled_at`.
+    """
 
     phase: Phase = "pending"
-    message: str = "accepted"
+    message: str = ACCEPTED
     retry: Retry = field(default_factory=Retry)
     next_at: float | None = None
+    settled: bool = False
+    settled_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class HostState:
     report: Report | None = None
     vms: dict[VmId, AgentVm] = field(default_factory=dict)
     touched: dict[VmId, _Touch] = field(default_factory=dict)
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def shown_id(self) -> str:
@@ -85,13 +93,16 @@ class HostState:
 
 
 @dataclass(slots=True)
-class _Load:
+class Load:
+    """The sum of what is placed on a host."""
+
     cpu: int = 0
     mem: int = 0
     disk: int = 0
     count: int = 0
 
     def add(self, spec: VmSpec, sign: int) -> None:
+        """Counts a VM in (`sign` 1) or out (-1)."""
         self.cpu += sign * spec.cpu
         self.mem += sign * spec.mem
         self.disk += sign * spec.disk
@@ -119,7 +130,7 @@ class Fleet:
         self._host_vms: defaultdict[HostId, set[VmId]] = defaultdict(set)
         self._host_addr: dict[HostId, str] = {}
         self._unplaced: dict[VmId, None] = {}
-        self._load: defaultdict[HostId, _Load] = defaultdict(_Load)
+        self._load: defaultdict[HostId, Load] = defaultdict(Load)
         self._host_envs: defaultdict[HostId, defaultdict[EnvId, int]] = defaultdict(lambda: defaultdict(int))
         self._reserved: dict[VmId, HostId] = {}
         self._tick = 0
@@ -191,7 +202,7 @@ class Fleet:
                 self._unplaced[vm.id] = None
         if old is not None and (old.desired, old.spec) != (vm.desired, vm.spec) and vm.id in self.status:
             # A new wish starts afresh: the failures of the old one must not delay it.
-            self.status[vm.id] = replace(self.status[vm.id], retry=Retry(), next_at=None)
+            self.status[vm.id] = replace(self.status[vm.id], retry=Retry(), next_at=None, settled=False)
         self.changed("vm", vm.id)
         self.changed("env", vm.env_id)
         self.wake(vm.id)
@@ -258,7 +269,7 @@ class Fleet:
     def _room(self, host: HostState) -> HostRoom:
         info = host.info
         host_id = HostId(host.shown_id)
-        load = self._load[host_id] if host.intent.id else _Load()
+        load = self._load[host_id] if host.intent.id else Load()
         strangers = [vm for vm_id, vm in host.vms.items() if not self._is_ours(vm_id)]
         resource = info.resource if info else None
         images: dict[str | None, frozenset[str]] = {}
@@ -284,6 +295,10 @@ class Fleet:
             env_vms=self._host_envs[host_id] if host.intent.id else {},
         )
 
+    def load(self, host_id: HostId) -> Load:
+        """What is placed on a host, reservations included."""
+        return self._load.get(host_id) or Load()
+
     def _is_ours(self, vm_id: VmId) -> bool:
         return vm_id in self.vms
 
@@ -304,6 +319,7 @@ class Fleet:
         came_back = not host.online
         before = host.info
         host.online, host.why, host.heard_at, host.info = True, "", now, info
+        host.answered.set()
         if came_back:
             host.report = None
         if came_back or before != info:
@@ -332,7 +348,10 @@ class Fleet:
         look = [vm_id for vm_id in host.touched if vm_id not in held]
         look += [vm_id for vm_id in host.vms.keys() | fresh.keys() if host.vms.get(vm_id) != fresh.get(vm_id)]
         if last is None or last.complete != report.complete or last.boot_id != report.boot_id:
-            look += [vm.id for vm in self.host_vms(HostId(host.shown_id))]
+            bound = [vm.id for vm in self.host_vms(HostId(host.shown_id))]
+            look += bound
+            for vm_id in bound:  # failures of a host that was away say nothing about the one that is back
+                self.status[vm_id] = replace(self.status[vm_id], retry=Retry(), next_at=None)
         host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
         before, host.vms, host.report = host.vms, fresh, report
         self._look_at(look)

@@ -8,7 +8,16 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_serializer,
+    model_validator,
+)
 
 from specs.names import Engine, EngineName, Name, SshKey, check_docker_reference, check_name
 
@@ -163,17 +172,6 @@ def canonical_env(env: EnvSpec) -> dict[str, Any]:
     return body
 
 
-class HostSpec(Request):
-    """The body of POST /api/hosts."""
-
-    addr: str
-
-    @model_validator(mode="after")
-    def _address_is_plain(self) -> Self:
-        check_addr(self.addr)
-        return self
-
-
 _DNS_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOSTNAME = re.compile(rf"(?=.{{1,253}}$){_DNS_LABEL}(?:\.{_DNS_LABEL})*")
 _IPV6 = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]")
@@ -188,6 +186,12 @@ def check_addr(value: str) -> str:
     return value
 
 
+class HostSpec(Request):
+    """The body of POST /api/hosts."""
+
+    addr: Annotated[str, AfterValidator(check_addr)]
+
+
 def spec_hash(vm: VmSpec, env_keys: tuple[str, ...]) -> str:
     """A digest of what makes a machine what it is: another digest means it must be replaced.
 
@@ -198,3 +202,9 @@ def spec_hash(vm: VmSpec, env_keys: tuple[str, ...]) -> str:
     parts["ssh_keys"] = sorted({*env_keys, *vm.ssh_keys})
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ExtendReq(Request):
+    """The body of POST /api/envs/{id}/extend: seconds from now, or NEVER."""
+
+    lifetime: Lifetime

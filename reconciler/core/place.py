@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from specs.desired import VmSpec
 from specs.names import EnvId, HostId
@@ -70,6 +70,25 @@ def place(env_id: EnvId, vm: VmSpec, hosts: Iterable[HostRoom]) -> Placement | U
         if best is None or rank < best[0]:
             best = (rank, host.id)
     return Placement(best[1]) if best else Unplaceable(tuple(reasons))
+
+
+def predict(env_id: EnvId, vms: Sequence[VmSpec], hosts: Sequence[HostRoom]) -> list[Placement | Unplaceable]:
+    """Where these VMs would go if they were placed now, one after the other, each counted for the next."""
+    rooms = {host.id: host for host in hosts}
+    decisions = []
+    for vm in vms:
+        decision = place(env_id, vm, rooms.values())
+        if isinstance(decision, Placement):
+            room = rooms[decision.host_id]
+            rooms[room.id] = replace(
+                room,
+                cpu_used=room.cpu_used + vm.cpu,
+                mem_used=room.mem_used + vm.mem,
+                disk_used=room.disk_used + vm.disk,
+                env_vms={**room.env_vms, env_id: room.env_vms.get(env_id, 0) + 1},
+            )
+        decisions.append(decision)
+    return decisions
 
 
 def refusal(vm: VmSpec, host: HostRoom) -> str:

@@ -36,7 +36,8 @@ def plan_vm(intent: VmIntent, seen: Observation, retry: Retry, cluster: ClusterI
     """
     step = _next_step(intent, seen, cluster)
     if isinstance(step, Call) and now < retry.not_before:
-        return Wait(retry.error, until=retry.not_before, phase=_troubled(intent))
+        why = seen.message if isinstance(seen, Present) and seen.message else retry.error
+        return Wait(why or "waiting before the next try", until=retry.not_before, phase=_troubled(intent))
     return step
 
 

@@ -1,1 +1,1 @@
-
+"""The thin shell around the core: queue, executor, host watchers, timers."""

@@ -1,0 +1,98 @@
+"""The controller's composition root: settings in, a serving controller out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import signal
+from collections.abc import Callable, Iterator
+
+import structlog
+
+from api.handlers import ROUTES, explain
+from api.hub import Hub
+from api.settings import ControllerSettings, SettingsError
+from api.views import Views
+from reconciler.loop.controller import Controller
+from reconciler.loop.watchers import WatchSettings
+from reconciler.store.database import Database
+from specs.http import Access, Listen, Server, application
+from specs.logs import set_up_logs
+
+log = structlog.get_logger()
+
+
+@contextlib.contextmanager
+def _alone(settings: ControllerSettings) -> Iterator[None]:
+    """One controller per data folder: two would both believe to be the only one that decides."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (settings.data_dir / "controller.lock").open("a")
+    except OSError as error:
+        raise SettingsError(f"the data folder {settings.data_dir} cannot be used: {error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"another controller runs on {settings.data_dir}; give --data-dir another folder") from None
+        yield
+
+
+class ControllerApp:
+    """A controller with its HTTP face."""
+
+    def __init__(self, settings: ControllerSettings) -> None:
+        key = settings.key()
+        try:
+            self._listen = Listen.parse(settings.listen)
+            self._listen.check_access(has_key=key is not None, insecure=settings.insecure_no_auth)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        self._access = Access(key.encode() if key else None, None if key else self._listen.allowed_hosts())
+        agent_key = settings.agent_key or key
+        watch = WatchSettings(heartbeat=settings.heartbeat)
+        self.controller = Controller(Database.at(settings.data_dir / "muster.db"), agent_key=agent_key, watch=watch)
+        fleet = self.controller.fleet
+        views = Views(fleet, self.controller.clock)
+        self.hub = Hub(fleet, views, self.controller.term)
+        app = application(ROUTES, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
+        self.server = Server.of(app)
+
+    async def start(self) -> str:
+        """Begins to serve and to reconcile; returns the URL. Raises SettingsError if the address cannot be had."""
+        self.controller.fleet.changed = self.hub.changed
+        await self.controller.start()
+        try:
+            self.server.open(self._listen)
+        except OSError as error:
+            await self.controller.stop()
+            raise SettingsError(f"cannot listen on {self._listen.host}:{self._listen.port}: {error.strerror}") from None
+        return self.server.url
+
+    async def stop(self) -> None:
+        """Ends serving and reconciling; what runs on the hosts goes on."""
+        self.server.stop()
+        await self.controller.stop()
+        await self.server.close_all_connections()
+
+
+async def serve(settings: ControllerSettings, *, ready: Callable[[str], None] = lambda _: None) -> None:
+    """Runs a controller until SIGTERM, SIGINT or cancellation; `ready` gets its URL once it serves.
+
+    Raises SettingsError, StoreCorrupt, StoreUnavailable.
+    """
+    set_up_logs()
+    with _alone(settings):
+        app = ControllerApp(settings)
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        try:
+            ready(await app.start())
+            await ended.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            await app.stop()

@@ -1,0 +1,207 @@
+"""Turns the fleet into the wire objects of specs.wire. Pure reading; knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from reconciler.core.model import EnvIntent, VmIntent
+from reconciler.fleet import ACCEPTED, Fleet, HostState, VmStatus
+from reconciler.loop.clock import Clock
+from specs.names import EnvId, HostId, Storage, VmId
+from specs.wire import AgentVm, Condition, Env, FleetStatus, Host, ImageInfo, Phase, Resource, Vm, VmState
+
+
+class Views:
+    """Reads one fleet. Times on the wire are Unix seconds; the fleet's are monotonic."""
+
+    def __init__(self, fleet: Fleet, clock: Clock) -> None:
+        self._fleet = fleet
+        self._clock = clock
+
+    def _unix(self, monotonic: float) -> int:
+        return int(self._clock.wall() + monotonic - self._clock.monotonic())
+
+    # ---- VMs
+
+    def vm(self, vm: VmIntent) -> Vm:
+        """A VM, wanted and seen."""
+        status = self._fleet.status.get(vm.id, VmStatus())
+        there = self._last_report(vm)
+        phase: Phase = "terminating" if vm.desired == "absent" else status.phase
+        settled = status.settled and vm.desired != "absent"
+        return Vm(
+            id=vm.id,
+            env_id=vm.env_id,
+            host_id=vm.host_id or "",
+            image=vm.spec.image,
+            engine=vm.spec.engine,
+            cpu=vm.spec.cpu,
+            mem=vm.spec.mem,
+            disk=vm.spec.disk,
+            ip=there.ip if there else "",
+            port_map=there.port_map if there else {},
+            state=_state(vm, there),
+            created_at=vm.created_at,
+            name=vm.name,
+            desired=vm.desired,
+            phase=phase,
+            message=status.message,
+            attempts=0 if settled else status.retry.attempts,
+            next_attempt_at=self._unix(status.next_at) if status.next_at is not None else None,
+            generation=vm.generation,
+            observed_generation=vm.generation if settled else vm.generation - 1,
+            conditions=self._vm_conditions(vm, status, settled),
+        )
+
+    def _vm_conditions(self, vm: VmIntent, status: VmStatus, settled: bool) -> tuple[Condition, ...]:
+        since = self._unix(status.settled_at) if settled else vm.created_at
+        return (
+            Condition(
+                type="Placed",
+                status=vm.host_id is not None,
+                reason="Placed" if vm.host_id else "Unplaced",
+                message=f"on host {vm.host_id}" if vm.host_id else status.message,
+                since=vm.created_at,
+            ),
+            Condition(
+                type="Ready",
+                status=settled and status.phase == "ready",
+                reason=status.phase.capitalize(),
+                message=status.message,
+                since=since,
+            ),
+        )
+
+    def _last_report(self, vm: VmIntent) -> AgentVm | None:
+        host = self._fleet.host(vm.host_id) if vm.host_id else None
+        return host.vms.get(vm.id) if host else None
+
+    def find_vm(self, vm_id: str) -> Vm | None:
+        """A VM that is not forgotten yet."""
+        vm = self._fleet.vms.get(VmId(vm_id))
+        return self.vm(vm) if vm and not vm.gone_at else None
+
+    # ---- environments
+
+    def env(self, env: EnvIntent) -> Env:
+        """An environment."""
+        vms = self._fleet.env_vms(env.id)
+        phase = self._env_phase(env, vms)
+        return Env(
+            id=env.id,
+            owner=env.spec.owner,
+            vm_ids=tuple(vm.id for vm in vms),
+            created_at=env.created_at,
+            expires_at=env.expires_at,
+            state="active" if env.power == "running" else "stopped",
+            phase=phase,
+            generation=env.generation,
+            observed_generation=env.generation if self.converged(env) else env.generation - 1,
+        )
+
+    def find_env(self, env_id: str) -> Env | None:
+        """An environment by id."""
+        env = self._fleet.envs.get(EnvId(env_id))
+        return self.env(env) if env else None
+
+    def env_vms(self, env: EnvIntent) -> list[Vm]:
+        """The environment's VMs, retired ones included until they are gone."""
+        return [self.vm(vm) for vm in self._fleet.env_vms(env.id)]
+
+    def converged(self, env: EnvIntent) -> bool:
+        """Whether everything asked for is there and nothing else."""
+        vms = self._fleet.env_vms(env.id)
+        return (
+            not env.deleting
+            and env.rolled == env.generation
+            and all(self._fleet.status[vm.id].settled and vm.desired != "absent" for vm in vms)
+        )
+
+    def _env_phase(self, env: EnvIntent, vms: list[VmIntent]) -> Phase:
+        if env.deleting:
+            return "terminating"
+        phases = {self._fleet.status[vm.id].phase for vm in vms if vm.desired != "absent"}
+        if "degraded" in phases:
+            return "degraded"
+        if self.converged(env):
+            return "stopped" if env.power == "stopped" else "ready" if phases == {"ready"} else "degraded"
+        return "pending" if "pending" in phases else "progressing"
+
+    def warnings(self, env: EnvIntent) -> list[str]:
+        """What keeps the environment from being as asked, and what an engine cannot honour; one sentence each."""
+        lines: list[str] = []
+        for vm in self._fleet.env_vms(env.id):
+            status = self._fleet.status[vm.id]
+            there = self._last_report(vm)
+            held_up = status.phase in ("pending", "degraded") and status.message != ACCEPTED
+            if status.message and (held_up or (vm.desired == "running" and status.phase == "stopped")):
+                lines.append(f"{vm.name}: {status.message}")
+            lines += [f"{vm.name}: {line}" for line in (there.warnings if there else ())]
+        return list(dict.fromkeys(lines))
+
+    # ---- hosts
+
+    def host(self, host: HostState) -> Host:
+        """A host. `cpu_used` and so on are what is placed there, strangers included."""
+        info = host.info
+        load = self._fleet.load(HostId(host.shown_id))
+        strangers = self._fleet.strangers(host)
+        told = info.resource if info else Resource()
+        return Host(
+            id=host.shown_id,
+            addr=host.intent.addr,
+            resource=Resource(
+                cpu_total=told.cpu_total,
+                cpu_used=load.cpu + sum(vm.cpu for vm in strangers),
+                mem_total=told.mem_total,
+                mem_used=load.mem + sum(vm.mem for vm in strangers),
+                disk_total=told.disk_total,
+                disk_used=load.disk + sum(vm.disk for vm in strangers),
+                vm_count=load.count + len(strangers),
+            ),
+            state="online" if host.online else "offline",
+            engines=tuple(engine.value for engine in info.engines) if info else (),
+            storage=info.storage if info else Storage.FILE,
+            registered_at=host.intent.registered_at,
+            heartbeat_age=None if host.heard_at is None else int(self._clock.monotonic() - host.heard_at),
+            message="" if host.online else host.why,
+        )
+
+    def find_host(self, host_id: str) -> Host | None:
+        """A host by id or address."""
+        host = self._fleet.host(host_id)
+        return self.host(host) if host else None
+
+    def images(self) -> list[ImageInfo]:
+        """Every image of every online host."""
+        return [
+            ImageInfo(name=name, host_id=host.shown_id)
+            for host in self._fleet.hosts.values()
+            if host.online and host.info
+            for name in host.info.images
+        ]
+
+    def fleet_status(self) -> FleetStatus:
+        """Sums; capacity and use of online hosts."""
+        hosts = [self.host(host) for host in self._fleet.hosts.values()]
+        online = [host.resource for host in hosts if host.state == "online"]
+        return FleetStatus(
+            hosts=len(hosts),
+            hosts_online=len(online),
+            total_vms=sum(not vm.gone_at for vm in self._fleet.vms.values()),
+            total_envs=len(self._fleet.envs),
+            cpu_total=sum(room.cpu_total for room in online),
+            cpu_used=sum(room.cpu_used for room in online),
+            mem_total=sum(room.mem_total for room in online),
+            mem_used=sum(room.mem_used for room in online),
+            disk_total=sum(room.disk_total for room in online),
+            disk_used=sum(room.disk_used for room in online),
+        )
+
+
+def _state(vm: VmIntent, there: AgentVm | None) -> VmState:
+    """The reference's five words: what the host last reported, else what is under way."""
+    if there is not None:
+        return "stopped" if there.state == "paused" and vm.desired == "stopped" else there.state
+    state: Literal["creating", "stopped"] = "stopped" if vm.desired == "stopped" else "creating"
+    return state

@@ -1,0 +1,206 @@
+"""Records what people ask for. Every method returns once its change is durable; the loop does the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import structlog
+
+from reconciler.core.expand import EnvChange, expand
+from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
+from reconciler.fleet import Fleet, HostState
+from reconciler.loop.clock import Clock
+from reconciler.loop.reconciler import Reconciler
+from reconciler.store.database import Database
+from specs.desired import NEVER, EnvSpec, canonical_env
+from specs.names import EnvId, HostId, VmId
+
+log = structlog.get_logger()
+
+
+class IntentError(Exception):
+    """A request that contradicts what is recorded; the message is for people."""
+
+
+class NoSuch(IntentError):
+    """The object is not recorded."""
+
+
+class Clash(IntentError):
+    """The object's present state forbids the request. `code` is a slug."""
+
+    def __init__(self, message: str, code: str = "conflict") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StaleGeneration(IntentError):
+    """If-Match names another generation than the recorded one."""
+
+
+def make_vm_id(random_hex: Callable[[int], str]) -> VmId:
+    """A new uid."""
+    return VmId(f"vm-{random_hex(6)}")
+
+
+class Intents:
+    """The desired state, as requests change it. One change of an environment at a time."""
+
+    def __init__(
+        self, fleet: Fleet, store: Database, reconciler: Reconciler, new_vm_id: Callable[[], VmId], clock: Clock
+    ) -> None:
+        self._fleet = fleet
+        self._store = store
+        self._reconciler = reconciler
+        self._new_vm_id = new_vm_id
+        self._clock = clock
+
+    async def _commit(self, change: Change) -> None:
+        if change != Change():
+            await self._store.commit(change)
+            self._fleet.apply(change)
+
+    def env(self, env_id: str) -> EnvIntent:
+        """The environment. Raises NoSuch."""
+        env = self._fleet.envs.get(EnvId(env_id))
+        if env is None:
+            raise NoSuch(f"there is no environment {env_id}")
+        return env
+
+    def _live(self, env_id: EnvId) -> list[VmIntent]:
+        return [vm for vm in self._fleet.env_vms(env_id) if vm.desired != "absent"]
+
+    async def create_env(self, spec: EnvSpec) -> bool:
+        """Records a new environment; False if the very same one is there. Raises Clash."""
+        async with self._reconciler.env_locks[EnvId(spec.id)]:
+            there = self._fleet.envs.get(EnvId(spec.id))
+            if there is not None:
+                self._refuse_if_deleting(there)
+                if canonical_env(there.spec) != canonical_env(spec):
+                    raise Clash(f"environment {spec.id} exists with a different spec; PUT replaces it", "exists")
+                return False
+            await self._put(spec, None)
+            return True
+
+    async def put_env(self, spec: EnvSpec, if_match: int | None = None) -> Literal["created", "changed", "same"]:
+        """Records the environment as new or as a change of what is there. Raises Clash, StaleGeneration."""
+        async with self._reconciler.env_locks[EnvId(spec.id)]:
+            there = self._fleet.envs.get(EnvId(spec.id))
+            if if_match is not None and if_match != (there.generation if there else 0):
+                has = f"is at generation {there.generation}" if there else "does not exist"
+                raise StaleGeneration(f"environment {spec.id} {has}, not at {if_match}")
+            if there is not None:
+                self._refuse_if_deleting(there)
+                if canonical_env(there.spec) == canonical_env(spec):
+                    return "same"
+            await self._put(spec, there)
+            return "changed" if there else "created"
+
+    def preview(self, spec: EnvSpec) -> EnvChange:
+        """What `put_env` would do, without doing it. Raises Clash."""
+        there = self._fleet.envs.get(EnvId(spec.id))
+        if there is not None:
+            self._refuse_if_deleting(there)
+        live = self._live(EnvId(spec.id))
+        return expand(self._next(spec, there), live, self._new_vm_id, int(self._clock.wall()), max_replaced=len(live))
+
+    def _next(self, spec: EnvSpec, there: EnvIntent | None) -> EnvIntent:
+        now = int(self._clock.wall())
+        expires_at = 0 if spec.lifetime == NEVER else now + spec.lifetime
+        if there is None:
+            return EnvIntent(
+                id=EnvId(spec.id),
+                spec=spec,
+                power="running",
+                generation=1,
+                rolled=0,
+                created_at=now,
+                expires_at=expires_at,
+            )
+        if spec.lifetime == there.spec.lifetime:
+            expires_at = there.expires_at
+        return replace(there, spec=spec, generation=there.generation + 1, expires_at=expires_at)
+
+    async def _put(self, spec: EnvSpec, there: EnvIntent | None) -> None:
+        env = self._next(spec, there)
+        live = self._live(env.id)
+        settled = {vm.id for vm in live if self._fleet.status[vm.id].settled}
+        plan = expand(env, live, self._new_vm_id, int(self._clock.wall()), settled=settled)
+        if not plan.pending:
+            env = replace(env, rolled=env.generation)
+        await self._commit(Change(envs=(env,), vms=plan.put))
+        log.info("environment recorded", env=env.id, generation=env.generation, vms=len(plan.plan))
+
+    async def set_power(self, env_id: str, power: Literal["running", "stopped"]) -> None:
+        """Records that the environment is to be stopped or to run. Raises NoSuch, Clash."""
+        async with self._reconciler.env_locks[EnvId(env_id)]:
+            env = self.env(env_id)
+            self._refuse_if_deleting(env)
+            changed = () if env.power == power else (replace(env, power=power),)
+            vms = tuple(replace(vm, desired=power) for vm in self._live(env.id) if vm.desired != power)
+            await self._commit(Change(envs=changed, vms=vms))
+
+    async def delete_env(self, env_id: str) -> None:
+        """Records that nothing of the environment may be left. Raises NoSuch."""
+        async with self._reconciler.env_locks[EnvId(env_id)]:
+            env = self.env(env_id)
+            changed = () if env.deleting else (replace(env, deleting=True),)
+            vms = tuple(replace(vm, desired="absent") for vm in self._live(env.id))
+            await self._commit(Change(envs=changed, vms=vms))
+
+    async def extend(self, env_id: str, lifetime: int) -> EnvIntent:
+        """Records that the environment lives `lifetime` seconds from now (NEVER: for good). Raises NoSuch, Clash."""
+        async with self._reconciler.env_locks[EnvId(env_id)]:
+            env = self.env(env_id)
+            self._refuse_if_deleting(env)
+            expires_at = 0 if lifetime == NEVER else int(self._clock.wall()) + lifetime
+            env = replace(env, expires_at=expires_at)
+            await self._commit(Change(envs=(env,)))
+            return env
+
+    @staticmethod
+    def _refuse_if_deleting(env: EnvIntent) -> None:
+        if env.deleting:
+            raise Clash(f"environment {env.id} is being deleted", "terminating")
+
+    # ---- hosts
+
+    def host(self, host_id: str) -> HostState:
+        """A host by id or address. Raises NoSuch."""
+        host = self._fleet.host(host_id)
+        if host is None:
+            raise NoSuch(f"there is no host {host_id}")
+        return host
+
+    async def add_host(self, addr: str, told_id: HostId | None) -> bool:
+        """Registers a host; False if the address is registered. `told_id`: what its agent says, if it answers. Raises Clash."""
+        if addr in self._fleet.hosts:
+            return False
+        other = self._fleet.host(told_id) if told_id else None
+        if other is not None:
+            raise Clash(f"host id {told_id} is registered under another address, {other.intent.addr}", "host_id_taken")
+        await self._commit(Change(hosts=(HostIntent(addr, told_id, int(self._clock.wall())),)))
+        return True
+
+    async def remove_host(self, host_id: str) -> str:
+        """Unregisters a host and returns its address. Raises NoSuch, Clash while VMs are placed there."""
+        host = self.host(host_id)
+        placed = self._fleet.host_vms(host.intent.id) if host.intent.id else []
+        if placed:
+            envs = ", ".join(sorted({vm.env_id for vm in placed})[:5])
+            raise Clash(f"host {host.shown_id} still has {len(placed)} VMs placed on it (of {envs})", "host_in_use")
+        await self._commit(Change(drop_hosts=(host.intent.addr,)))
+        return host.intent.addr
+
+
+def parse_if_match(value: str | None) -> int | None:
+    """The generation of an If-Match header (RFC 9110 §13.1.1): `"3"`, or `*` for any. Raises ValueError."""
+    if value is None or value.strip() == "*":
+        return None
+    match = re.fullmatch(r'\s*(?:W/)?"?(\d{1,18})"?\s*', value)
+    if not match:
+        raise ValueError('If-Match must be a generation such as "3"')
+    return int(match[1])

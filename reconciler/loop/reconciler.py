@@ -1,0 +1,308 @@
+"""Takes VM ids from the queue, asks the core for the next step, and carries it out. The queue owns every retry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+from tenacity import RetryCallState, Retrying, wait_random_exponential
+
+from reconciler.agents import AgentClient, AgentFailure, Refused, Reply
+from reconciler.core.expand import expand
+from reconciler.core.model import (
+    Call,
+    Change,
+    Create,
+    Destroy,
+    Done,
+    Forget,
+    Place,
+    Present,
+    Retry,
+    Start,
+    Step,
+    Stop,
+    VmIntent,
+    Wait,
+)
+from reconciler.core.place import Unplaceable, place
+from reconciler.core.plan import plan_vm
+from reconciler.fleet import Fleet, HostState, VmStatus
+from reconciler.loop.clock import Clock
+from reconciler.loop.workqueue import WorkQueue
+from reconciler.store.database import Database, StoreUnavailable
+from specs.names import EnvId, VmId
+from specs.wire import CreateVmReq
+
+log = structlog.get_logger()
+
+CALLS_PER_HOST = 16  # in flight
+STABLE_AFTER = 30.0  # seconds a VM must run before an earlier failure no longer delays its next restart
+_BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
+
+
+def backoff(attempts: int) -> float:
+    """Seconds before the next try after `attempts` vain ones: exponential with full jitter."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = attempts
+    return _BACKOFF(state)
+
+
+class Reconciler:
+    """Works on VM ids, many at once, each by one task at a time."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        store: Database,
+        client: Callable[[str], AgentClient | None],
+        new_vm_id: Callable[[], VmId],
+        clock: Clock,
+    ) -> None:
+        self.fleet = fleet
+        self.store = store
+        self.queue: WorkQueue[VmId] = WorkQueue()
+        self.calls = 0  # mutating calls made
+        self._client = client
+        self._new_vm_id = new_vm_id
+        self._clock = clock
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CALLS_PER_HOST))
+        self.env_locks: defaultdict[EnvId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Works until cancelled."""
+        try:
+            while True:
+                vm_id = await self.queue.get()
+                task = asyncio.create_task(self._work(vm_id))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            self.queue.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _work(self, vm_id: VmId) -> None:
+        try:
+            await self._reconcile(vm_id)
+        except StoreUnavailable as error:
+            self._fail(vm_id, str(error))
+        except Exception:
+            log.exception("reconcile failed", vm=vm_id)
+            self._fail(vm_id, "internal error, see the controller's log")
+        finally:
+            self.queue.done(vm_id)
+
+    async def _reconcile(self, vm_id: VmId) -> None:
+        intent = self.fleet.vms.get(vm_id)
+        if intent is None:
+            return
+        if intent.gone_at:
+            await self._bury_again(intent)
+            return
+        self.queue.forget_timer(vm_id)
+        step = self._plan(intent)
+        match step:
+            case Place():
+                await self._place(intent)
+            case Create() | Start() | Stop() | Destroy():
+                await self._call_host(intent)
+            case Wait():
+                self._note_wait(intent, step)
+            case Done():
+                await self._settle(intent, step)
+            case Forget():
+                await self._forget(intent)
+
+    def _plan(self, intent: VmIntent) -> Step:
+        status = self.fleet.status.get(intent.id, VmStatus())
+        return plan_vm(intent, self.fleet.seen(intent), status.retry, self.fleet.cluster, self._clock.monotonic())
+
+    # ---- the steps
+
+    async def _place(self, intent: VmIntent) -> None:
+        decision = place(intent.env_id, intent.spec, self.fleet.rooms())
+        if isinstance(decision, Unplaceable):
+            self._set(intent.id, phase="pending", message=f"waiting for a host: {decision.sentence()}", next_at=None)
+            return
+        self.fleet.reserve(intent.id, decision.host_id)
+        try:
+            change = Change(placed=((intent.id, decision.host_id),))
+            await self.store.commit(change)
+        except BaseException:
+            self.fleet.release(intent.id)
+            raise
+        self.fleet.apply(change)  # wakes the VM for its create
+        self._set(intent.id, phase="progressing", message=f"placed on host {decision.host_id}", next_at=None)
+
+    async def _call_host(self, intent: VmIntent) -> None:
+        host = self.fleet.host(intent.host_id or "")
+        client = self._client(host.intent.addr) if host else None
+        if host is None or client is None:
+            return
+        async with self._slots[host.intent.addr]:
+            fresh = self.fleet.vms.get(intent.id)
+            step = self._plan(fresh) if fresh and not fresh.gone_at else None
+            if fresh is None or not isinstance(step, Call):
+                self.queue.add(intent.id)  # things changed while it waited for a free slot
+                return
+            await self._call(client, host, fresh, step)
+
+    async def _call(self, client: AgentClient, host: HostState, intent: VmIntent, step: Call) -> None:
+        verb = type(step).__name__.lower()
+        status = self.fleet.status.get(intent.id, VmStatus())
+        attempts = status.retry.attempts + 1
+        phase = "terminating" if isinstance(step, Destroy) else "progressing"
+        self._set(intent.id, phase=phase, message=f"asking host {host.shown_id} to {verb} it", settled=False)
+        self.calls += 1
+        try:
+            reply = await self._send(client, host, intent, step)
+        except AgentFailure as error:
+            answered = isinstance(error, Refused)
+            log.warning("call failed", call=verb, vm=intent.id, host=host.shown_id, attempts=attempts, error=str(error))
+            if not answered:
+                # It may have taken effect: only a later report can say.
+                self.fleet.observe_reply(host.intent.addr, intent.id, host.vms.get(intent.id), "", 0)
+            prefix = f"{verb} on host {host.shown_id} failed"
+            self._fail(intent.id, f"{prefix}: {error}" if answered else f"{prefix}, no answer: {error}")
+            return
+        log.info("call made", call=verb, vm=intent.id, host=host.shown_id, env=intent.env_id)
+        self.fleet.observe_reply(host.intent.addr, intent.id, reply.vm, reply.boot_id, reply.seq)
+        not_before = self._clock.monotonic() + backoff(attempts)
+        self._set(intent.id, retry=Retry(attempts, not_before), next_at=None)
+        self.queue.add(intent.id)
+
+    async def _send(self, client: AgentClient, host: HostState, intent: VmIntent, step: Call) -> Reply:
+        match step:
+            case Create():
+                return await client.create(_create_request(intent, ours=bool(host.info and host.info.boot_id)))
+            case Start():
+                return await client.start(intent.id)
+            case Stop():
+                return await client.stop(intent.id)
+            case Destroy():
+                return await client.destroy(intent.id)
+
+    def _note_wait(self, intent: VmIntent, step: Wait) -> None:
+        self._set(intent.id, phase=step.phase, message=step.why, next_at=step.until, settled=False)
+        if step.until is not None:
+            self.queue.add_at(intent.id, step.until)
+
+    async def _settle(self, intent: VmIntent, step: Done) -> None:
+        status = self.fleet.status.get(intent.id, VmStatus())
+        now = self._clock.monotonic()
+        since = status.settled_at if status.settled and status.phase == step.phase else now
+        retry = status.retry
+        if retry.attempts and now - since >= STABLE_AFTER:
+            retry = Retry()
+        elif retry.attempts:
+            self.queue.add_at(intent.id, since + STABLE_AFTER)
+        self._set(intent.id, phase=step.phase, message=step.message, next_at=None, settled=True, settled_at=since, retry=retry)
+        if not status.settled:
+            await self.roll(intent.env_id)
+
+    async def _forget(self, intent: VmIntent) -> None:
+        change = Change(gone=((intent.id, int(self._clock.wall())),))
+        await self.store.commit(change)
+        self.fleet.apply(change)
+        log.info("vm gone", vm=intent.id, host=intent.host_id, env=intent.env_id)
+        await self._drop_if_empty(intent.env_id)
+        await self.roll(intent.env_id)
+
+    async def _bury_again(self, intent: VmIntent) -> None:
+        """A VM whose tombstone has ended is back, by a create that was long under way: it is destroyed once more."""
+        host = self.fleet.host(intent.host_id or "")
+        client = self._client(host.intent.addr) if host else None
+        if host is None or client is None or not isinstance(self.fleet.seen(intent), Present):
+            return
+        self.calls += 1
+        try:
+            reply = await client.destroy(intent.id)
+        except AgentFailure as error:
+            log.warning("call failed", call="destroy", vm=intent.id, host=host.shown_id, error=str(error))
+            self.queue.add_at(intent.id, self._clock.monotonic() + backoff(3))
+            return
+        self.fleet.observe_reply(host.intent.addr, intent.id, reply.vm, reply.boot_id, reply.seq)
+
+    # ---- environments
+
+    async def roll(self, env_id: EnvId) -> None:
+        """Goes on with a roll-out: replaces the next outdated VM once the last replaced one is settled."""
+        env = self.fleet.envs.get(env_id)
+        if env is None or env.deleting or env.rolled == env.generation:
+            return
+        async with self.env_locks[env_id]:
+            env = self.fleet.envs.get(env_id)
+            if env is None or env.deleting or env.rolled == env.generation:
+                return
+            live = [vm for vm in self.fleet.env_vms(env_id) if vm.desired != "absent"]
+            settled = {vm.id for vm in live if self.fleet.status[vm.id].settled}
+            plan = expand(env, live, self._new_vm_id, int(self._clock.wall()), settled=settled)
+            if not plan.put and plan.pending:
+                return
+            rolled = env if plan.pending else replace(env, rolled=env.generation)
+            change = Change(envs=(rolled,) if rolled != env else (), vms=plan.put)
+            await self.store.commit(change)
+            self.fleet.apply(change)
+
+    async def resume(self, env_id: EnvId) -> None:
+        """Finishes what an earlier process had begun with an environment; called once at the start."""
+        try:
+            await self._drop_if_empty(env_id)
+            await self.roll(env_id)
+        except StoreUnavailable as error:
+            log.warning("resume waits for the store", env=env_id, error=str(error))
+
+    async def _drop_if_empty(self, env_id: EnvId) -> None:
+        async with self.env_locks[env_id]:
+            env = self.fleet.envs.get(env_id)
+            if env is None or not env.deleting or self.fleet.env_vms(env_id):
+                return
+            change = Change(drop_envs=(env_id,))
+            await self.store.commit(change)
+            self.fleet.apply(change)
+            log.info("environment gone", env=env_id)
+
+    # ---- status
+
+    def _fail(self, vm_id: VmId, error: str) -> None:
+        status = self.fleet.status.get(vm_id)
+        intent = self.fleet.vms.get(vm_id)
+        if status is None or intent is None:
+            return
+        attempts = status.retry.attempts + 1
+        until = self._clock.monotonic() + backoff(attempts)
+        phase = "terminating" if intent.desired == "absent" else "degraded"
+        retry = Retry(attempts, until, error)
+        self._set(vm_id, phase=phase, message=error, retry=retry, next_at=until, settled=False)
+        self.queue.add_at(vm_id, until)
+
+    def _set(self, vm_id: VmId, **fields: object) -> None:
+        status = self.fleet.status.get(vm_id)
+        if status is not None:
+            self.fleet.set_status(vm_id, replace(status, **fields))  # type: ignore[arg-type]  # names are checked by the tests
+
+
+def _create_request(intent: VmIntent, *, ours: bool) -> CreateVmReq:
+    """What the agent is asked for. A plain agent gets the reference's fields alone."""
+    spec = intent.spec
+    return CreateVmReq(
+        vm_id=intent.id,
+        env_id=intent.env_id,
+        image=spec.image,
+        engine=spec.engine,
+        cpu=spec.cpu,
+        mem=spec.mem,
+        disk=spec.disk,
+        ports=spec.all_ports,
+        deny_outgoing=spec.deny_outgoing,
+        ssh_keys=spec.ssh_keys,
+        name=intent.name if ours else None,
+        user_data=spec.user_data,
+        spec_hash=intent.spec_hash if ours else "",
+    )

@@ -1,0 +1,59 @@
+"""What happens by the clock alone: lifetimes end, old tombstones are dropped, everything is looked at again now and then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from reconciler.core.expiry import clock_jumped, expired
+from reconciler.core.model import Change
+from reconciler.fleet import Fleet
+from reconciler.loop.clock import Clock
+from reconciler.store.database import Database, StoreUnavailable
+from specs.names import EnvId
+
+log = structlog.get_logger()
+
+EXPIRY_EVERY = 1.0  # seconds
+RESYNC_EVERY = 300.0
+TOMBSTONES_KEPT = 86400  # seconds; a create may be that late
+
+
+async def expire_forever(fleet: Fleet, delete_env: Callable[[EnvId], Awaitable[None]], clock: Clock) -> None:
+    """Deletes environments whose lifetime is over; pauses for one resync when the wall clock jumps ahead."""
+    wall, monotonic = clock.wall(), clock.monotonic()
+    paused_until = 0.0
+    while True:
+        await asyncio.sleep(EXPIRY_EVERY)
+        before_wall, before_monotonic = wall, monotonic
+        wall, monotonic = clock.wall(), clock.monotonic()
+        if clock_jumped(wall - before_wall, monotonic - before_monotonic):
+            paused_until = monotonic + RESYNC_EVERY
+            log.warning("the clock jumped ahead: no environment expires for now", seconds=RESYNC_EVERY)
+        if monotonic < paused_until:
+            continue
+        for env_id in expired(fleet.envs.values(), int(wall)):
+            log.info("environment expired", env=env_id)
+            try:
+                await delete_env(env_id)
+            except StoreUnavailable as error:
+                log.warning("expiry waits for the store", env=env_id, error=str(error))
+
+
+async def resync_forever(fleet: Fleet, store: Database, clock: Clock) -> None:
+    """Looks at every VM again, so that a lost wake-up costs latency only, and drops tombstones that have been kept enough."""
+    while True:
+        await asyncio.sleep(RESYNC_EVERY)
+        limit = int(clock.wall()) - TOMBSTONES_KEPT
+        old = tuple(vm.id for vm in fleet.vms.values() if 0 < vm.gone_at < limit)
+        if old:
+            try:
+                change = Change(drop_vms=old)
+                await store.commit(change)
+                fleet.apply(change)
+            except StoreUnavailable as error:
+                log.warning("tombstones kept for want of the store", error=str(error))
+        for vm_id in list(fleet.vms):
+            fleet.wake(vm_id)

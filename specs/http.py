@@ -1,0 +1,393 @@
+"""The plumbing every HTTP endpoint shares: envelope, key, Host check, body cap, validation, time-outs.
+
+Knows tornado and pydantic, nothing of agents or VMs. Every answer under `/api/` is `{"ok": true, …}` or
+`{"ok": false, "error": sentence, "code": slug}`, whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import hmac
+import http.client
+import ipaddress
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, cast
+
+import orjson
+import structlog
+from pydantic import BaseModel, ValidationError
+from tornado.http1connection import HTTP1Connection
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
+from tornado.netutil import bind_sockets
+from tornado.web import Application, Finish, HTTPError, RequestHandler, stream_request_body
+
+log = structlog.get_logger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_BODY = 1024 * 1024  # bytes
+_MAX_DRAIN = 8 * 1024 * 1024  # bytes read and thrown away so that the client gets to see the 413
+_MAX_HEADERS = 32 * 1024
+_TIMEOUT = 10.0  # seconds for the headers of a request (idle time included), and again for its body
+_MAX_CONNECTIONS = 2048
+_SHOWN_ERRORS = 20
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_NOTHING = object()
+
+
+class Failure(Exception):
+    """An answer that is no success. `details` are `{"loc": "vms.0.cpu", "msg": "…"}`."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        details: tuple[dict[str, str], ...] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = details
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The envelope."""
+        body: dict[str, Any] = {"ok": False, "error": self.message, "code": self.code}
+        return body | {"details": self.details} if self.details else body
+
+
+Explain = Callable[[BaseException], Failure | None]
+"""Turns an application's own exceptions into failures; None for what it does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may call. Without a `key` everybody may; without `hosts` any Host header will do (lower case, without port)."""
+
+    key: bytes | None = None
+    hosts: frozenset[str] | None = None
+
+    def check_key(self, authorization: str) -> None:
+        """Raises Failure 401 unless the header is `Bearer <key>`; takes the same time however much of it is right."""
+        if self.key is None:
+            return
+        scheme, _, given = authorization.partition(" ")
+        if not hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.key) or scheme.lower() != "bearer":
+            raise Failure(
+                401,
+                "unauthorized",
+                "a valid API key is required: send it as 'Authorization: Bearer <key>'",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def check_host(self, host: str) -> None:
+        """Raises Failure 403 on a name a web page could have pointed at this machine (DNS rebinding)."""
+        if self.hosts is not None and _without_port(host) not in self.hosts:
+            raise Failure(403, "host_not_allowed", f"this server answers to {', '.join(sorted(self.hosts))} only")
+
+
+def _without_port(host: str) -> str:
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d*)?|([^:]*)(?::\d*)?", host)
+    return ((match[1] if match[1] is not None else match[2]) if match else host).lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where a server listens. Port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """Reads `host:port`, `[ipv6]:port` or `:port` (every address). Raises ValueError."""
+        match = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<plain>[^\[\]:]*)):(?P<port>[0-9]{1,5})", text)
+        if not match or int(match["port"]) > 65535:
+            raise ValueError(f"{text!r} must be host:port, such as 127.0.0.1:9100")
+        return cls(match["six"] or match["plain"] or "0.0.0.0", int(match["port"]))  # noqa: S104 `:port` asks for it
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it. A name other than localhost may resolve to anything, so it is not."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def allowed_hosts(self) -> frozenset[str] | None:
+        """The Host names to accept: on loopback a fixed few, elsewhere any (a key is needed there)."""
+        return _LOOPBACK_NAMES | {self.host.lower()} if self.is_loopback else None
+
+    def check_access(self, *, has_key: bool, insecure: bool) -> None:
+        """Raises ValueError for a server that anybody on the network could command."""
+        if not self.is_loopback and not has_key and not insecure:
+            raise ValueError(
+                f"refusing to listen on {self.host}:{self.port} without an API key, because everybody who reaches it could "
+                "run machines here; give a key, listen on 127.0.0.1, or spell out --insecure-no-auth"
+            )
+
+
+class Server(HTTPServer):
+    """An HTTP server with the caps and time-outs above. `url` is where it can be reached once `open` has returned."""
+
+    url: str
+
+    @classmethod
+    def of(cls, app: Application) -> Server:
+        """A server for `app` that does not listen yet."""
+        return cls(
+            app,
+            idle_connection_timeout=_TIMEOUT,
+            body_timeout=_TIMEOUT,
+            max_header_size=_MAX_HEADERS,
+            max_body_size=_MAX_DRAIN,
+        )
+
+    def open(self, listen: Listen) -> None:
+        """Begins to serve. Raises OSError if the address cannot be had."""
+        sockets = bind_sockets(listen.port, listen.host, family=socket.AF_UNSPEC, backlog=1024)
+        port = sockets[0].getsockname()[1]
+        self.url = f"http://[{listen.host}]:{port}" if ":" in listen.host else f"http://{listen.host}:{port}"
+        self.add_sockets(sockets)
+
+    def handle_stream(self, stream: IOStream, address: Any) -> None:
+        """Refuses connections above the cap, so that idle ones cannot use up all file descriptors."""
+        if len(self._connections) >= _MAX_CONNECTIONS:
+            log.warning("too_many_connections", limit=_MAX_CONNECTIONS)
+            stream.close()
+            return
+        super().handle_stream(stream, address)
+
+
+def application(routes: list[Any], *, access: Access, explain: Explain, **settings: Any) -> Application:
+    """A tornado application whose unknown paths answer in the envelope too."""
+    return Application(
+        routes,
+        default_handler_class=Unknown,
+        access=access,
+        explain=explain,
+        log_function=_log_request,
+        cross_origin_protection=True,
+        **settings,
+    )
+
+
+def _log_request(handler: RequestHandler) -> None:
+    status, request = handler.get_status(), handler.request
+    level = "warning" if status >= 500 else "info" if request.method not in ("GET", "HEAD") else "debug"
+    took = round(1000 * request.request_time(), 1)
+    getattr(log, level)("request", method=request.method, path=request.path[:200], status=status, ms=took)
+
+
+@stream_request_body
+class Handler(RequestHandler):
+    """Base of all endpoints. A subclass has `on_get`, `on_post`, …; what it lacks answers 405.
+
+    The body is always read to its end before anything is answered, up to `_MAX_DRAIN`: a connection that is closed with
+    unread data resets, and the client would never see why it was refused.
+    """
+
+    needs_key: ClassVar[bool] = True
+    _METHODS: ClassVar[tuple[str, ...]] = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+    def initialize(self) -> None:
+        """Called by tornado for every request."""
+        self._refusal: Failure | None = None
+        self._received = 0
+        self.raw = bytearray()
+
+    def set_default_headers(self) -> None:
+        """Nothing we answer is to be interpreted as anything else."""
+        self.clear_header("Server")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
+
+    def prepare(self) -> None:
+        """Decides on the headers alone whether to refuse; the answer follows when the body has been read."""
+        access = cast(Access, self.settings["access"])
+        try:
+            access.check_host(self.request.host)
+            if self.needs_key:
+                access.check_key(self.request.headers.get("Authorization", ""))
+            if self.request.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise Failure(415, "unsupported_media_type", "the body must not be compressed")
+        except Failure as failure:
+            self._refusal = failure
+        # The connection's own limit would answer outside the envelope.
+        cast(HTTP1Connection, self.request.connection).set_max_body_size(2**62)
+        announced = self.request.headers.get("Content-Length", "")
+        if announced.isascii() and announced.isdigit() and int(announced[:19]) > MAX_BODY:
+            self._refuse_size()
+            waits = self.request.headers.get("Expect", "").lower() == "100-continue"
+            if waits or int(announced[:19]) > _MAX_DRAIN:
+                raise cast(Failure, self._refusal)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Collects the body, unless it is refused already."""
+        self._received += len(chunk)
+        if self._received > MAX_BODY:
+            self._refuse_size()
+        if self._refusal is None:
+            self.raw += chunk
+        elif self._received > _MAX_DRAIN and not self._finished:
+            self._answer_failure(self._refusal)
+
+    def _refuse_size(self) -> None:
+        self.raw.clear()
+        if self._refusal is None or self._refusal.status != 401:
+            self._refusal = Failure(413, "too_large", f"the body must be at most {MAX_BODY} bytes")
+
+    async def _serve(self, **where: str) -> None:
+        if self._finished:
+            raise Finish
+        if self._refusal is not None:
+            raise self._refusal
+        method = "get" if self.request.method == "HEAD" else (self.request.method or "").lower()
+        action = getattr(self, f"on_{method}", None)
+        if action is None:
+            raise HTTPError(405)
+        await action(**where)
+
+    get = head = post = put = patch = delete = options = _serve
+
+    def allowed(self) -> str:
+        """The value of the Allow header."""
+        has = {method for method in self._METHODS if hasattr(self, f"on_{method.lower()}")}
+        return ", ".join(method for method in self._METHODS if method in has or (method == "HEAD" and "GET" in has))
+
+    def json(self) -> Any:
+        """The parsed body, {} if there is none. Raises Failure 400, 415."""
+        if not self.raw:
+            return {}
+        kind = self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Failure(415, "unsupported_media_type", "the body must be sent with Content-Type: application/json")
+        try:
+            return orjson.loads(bytes(self.raw))
+        except orjson.JSONDecodeError as error:
+            raise Failure(400, "malformed_json", f"the body is not valid JSON: {error}") from None
+
+    def read(self, model: type[Model]) -> Model:
+        """The body as a model. Raises Failure 400, 415, 422."""
+        content = self.json()
+        try:
+            return model.model_validate(content)
+        except ValidationError as error:
+            raise invalid(error) from None
+
+    def no_body(self) -> None:
+        """Refuses fields where none are taken: nothing sent is silently ignored."""
+        if self.json() != {}:
+            raise Failure(422, "invalid", "this call takes no body")
+
+    def reply(self, data: object = _NOTHING, *, status: int = 200, more: Mapping[str, object] | None = None) -> None:
+        """Answers success; without `data` there is no such key, which strict clients rely on."""
+        body: dict[str, object] = {"ok": True}
+        if data is not _NOTHING:
+            body["data"] = data
+        self._write_json(status, {**body, **(more or {})})
+
+    def prefers(self, preference: str) -> bool:
+        """Whether a Prefer header (RFC 7240) lists the preference."""
+        wishes = ",".join(self.request.headers.get_list("Prefer")).split(",")
+        return any(wish.partition(";")[0].strip().lower() == preference for wish in wishes)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Called by tornado with whatever an endpoint raised; the trace goes to the log, never into the answer."""
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        self._answer_failure(self._failure_for(status_code, error))
+
+    def _failure_for(self, status: int, error: BaseException | None) -> Failure:
+        if isinstance(error, Failure):
+            return error
+        known = cast(Explain, self.settings["explain"])(error) if error else None
+        if known:
+            return known
+        if status == 405:
+            allowed = self.allowed()
+            text = f"{self.request.method} is not possible here; allowed: {allowed or 'nothing'}"
+            return Failure(405, "method_not_allowed", text, headers={"Allow": allowed})
+        if isinstance(error, HTTPError) and status < 500:
+            word = http.client.responses.get(status, "Error")
+            return Failure(status, word.lower().replace(" ", "_"), _sentence(error) or word)
+        return Failure(500, "internal", "something unexpected happened on this server; its log has the details")
+
+    def _answer_failure(self, failure: Failure) -> None:
+        for name, value in failure.headers.items():
+            self.set_header(name, value)
+        self._write_json(failure.status, failure.body())
+
+    def _write_json(self, status: int, body: object) -> None:
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.finish(orjson.dumps(body, default=_encode))
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        """Only what nobody foresaw is an error of ours."""
+        if value is None or isinstance(value, Failure | HTTPError) or cast(Explain, self.settings["explain"])(value):
+            return
+        log.error("request_failed", method=self.request.method, path=self.request.path[:200], exc_info=value)
+
+
+class Unknown(Handler):
+    """Every path nobody serves."""
+
+    def prepare(self) -> None:
+        """A key first: without one nobody learns which paths exist. Outside /api/ there is nothing to protect."""
+        super().prepare()
+        if not self.request.path.startswith("/api/") and self._refusal and self._refusal.status == 401:
+            self._refusal = None
+
+    def allowed(self) -> str:
+        """Nothing is here."""
+        return ""
+
+    async def _serve(self, **where: str) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        raise Failure(404, "not_found", f"there is nothing at {self.request.path[:200]}")
+
+    get = head = post = put = patch = delete = options = _serve
+
+
+def invalid(error: ValidationError) -> Failure:
+    """422 with one sentence about the first mistake and every mistake's place in `details`."""
+    details = tuple(
+        {"loc": ".".join(str(part)[:100] for part in item["loc"])[:300], "msg": _plain(item["type"], item["msg"])}
+        for item in error.errors(include_url=False, include_context=False, include_input=False)[:_SHOWN_ERRORS]
+    )
+    first = details[0]
+    place = f"{first['loc']}: " if first["loc"] else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return Failure(422, "invalid", f"{place}{first['msg']}{more}", details=details)
+
+
+def _sentence(error: HTTPError) -> str:
+    text = error.log_message or ""
+    return (text % error.args if error.args else text)[:500]
+
+
+def _plain(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "unknown field"
+    if kind == "missing":
+        return "is required"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a JSON object"
+    plain = message.removeprefix("Value error, ").removeprefix("Input ")
+    return plain[:500].replace("should be", "must be", 1)
+
+
+def _encode(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_none=True)
+    raise TypeError(f"{type(value).__name__} is no JSON")
