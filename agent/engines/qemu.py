@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from pathlib import Path
@@ -97,6 +98,7 @@ class QemuEngine:
             return
         if not folder.is_prepared:
             raise AgentError(f"VM {machine.id} has no seed image in {machine.folder}: it was not prepared")
+        _check_link(machine)
         argv = qemu_argv(machine, (await self._acceleration()).accel, self._binary)
         # Not to be cut off between the process and its record: a running VM nobody knows would hold the disk.
         await _finish(self._launch(machine.id, folder, argv))
@@ -135,7 +137,7 @@ class QemuEngine:
         if watch is None or await self._powers_down(folder, watch, grace.total_seconds()):
             return
         with contextlib.suppress(AgentError):
-            await qemu_qmp.execute(folder.path, "quit")
+            await qemu_qmp.execute(folder.path, "quit", limit=QUIT_LIMIT)
             if await _gone(watch, QUIT_LIMIT):
                 return
         await process.kill(watch.record)
@@ -235,6 +237,15 @@ class QemuEngine:
         watch = self._watches.pop(vm_id, None)
         if watch is not None:
             watch.close()
+
+
+def _check_link(machine: Machine) -> None:
+    """Raises AgentError where the tap is missing: QEMU as root would make one of that name, on no bridge and behind no rule."""
+    if machine.nic.kind == "tap":
+        try:
+            socket.if_nametoindex(machine.nic.link)
+        except OSError:
+            raise AgentError(f"there is no network device {machine.nic.link} for VM {machine.id}") from None
 
 
 async def _gone(watch: ExitWatch, limit: float) -> bool:

@@ -34,6 +34,27 @@ def _spawn(folder: Path, *argv: str) -> ProcessRecord:
     return process.spawn(argv or SLEEP, cwd=folder, log=folder / "log")
 
 
+_AGENT = """
+import asyncio, sys
+from pathlib import Path
+from agent import process
+
+async def main(here):
+    record = process.spawn(["sleep", "600"], cwd=here, log=here / "log")
+    process.ExitWatch(record, print)
+    process.write_record(here / "r", record)
+    %s
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def _run_agent(folder: Path, then: str) -> subprocess.Popen[bytes]:
+    """A process that spawns one, watches it and keeps its record in `folder/r`."""
+    script = (sys.executable, "-c", _AGENT % then, str(folder))
+    return subprocess.Popen(script, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
 async def _status_at_exit(record: ProcessRecord) -> int | None:
     told: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
     watch = ExitWatch(record, told.set_result)
@@ -91,7 +112,7 @@ async def test_a_killed_process_is_gone_and_leaves_no_zombie(folder: Path) -> No
     record = _spawn(folder)
     await process.kill(record)
     assert not process.alive(record)
-    assert not Path(f"/proc/{record.pid}").exists()
+    assert not psutil.pid_exists(record.pid)
     await process.kill(record)
 
 
@@ -101,13 +122,11 @@ async def test_the_end_of_a_child_is_told_with_its_status_and_it_is_reaped(
 ) -> None:
     record = _spawn(folder, *argv)
     assert await _status_at_exit(record) == status
-    assert not Path(f"/proc/{record.pid}").exists()
+    assert not psutil.pid_exists(record.pid)
 
 
 async def test_the_end_of_a_process_that_another_agent_started_is_told_without_a_status(folder: Path) -> None:
-    script = "import sys; from agent import process; from pathlib import Path; here = Path(sys.argv[1]);"
-    script += "process.write_record(here / 'r', process.spawn(['sleep', '600'], cwd=here, log=here / 'log'))"
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
+    _run_agent(folder, "").wait()
     record = process.read_record(folder / "r")
     assert record is not None
     assert process.alive(record)
@@ -167,14 +186,7 @@ def test_a_program_that_is_missing_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 async def test_a_spawned_process_outlives_its_agent(folder: Path, number: signal.Signals) -> None:
-    script = "import asyncio, sys; from agent import process; from pathlib import Path; here = Path(sys.argv[1])\n"
-    script += "async def main():\n"
-    script += "    record = process.spawn(['sleep', '600'], cwd=here, log=here / 'log')\n"
-    script += "    process.ExitWatch(record, print)\n"
-    script += "    process.write_record(here / 'r', record)\n"
-    script += "    await asyncio.sleep(600)\n"
-    script += "asyncio.run(main())"
-    agent = subprocess.Popen([sys.executable, "-c", script, str(folder)], start_new_session=True, stderr=subprocess.DEVNULL)
+    agent = _run_agent(folder, "await asyncio.sleep(600)")
     async with asyncio.timeout(20):
         while not (folder / "r").exists():  # noqa: ASYNC110 another process writes it
             await asyncio.sleep(0.01)
