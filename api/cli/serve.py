@@ -1,0 +1,177 @@
+"""`muster controller`, `muster agent` and `muster up`: starts the product's processes. Loads their code only when run."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from api.cli.common import Failure, default_data_dir, read_api_key
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+_SIZE = click.IntRange(min=0)
+
+Option = Callable[[F], F]
+
+
+def _options(*options: Callable[..., Any]) -> Callable[[F], F]:
+    def add(command: F) -> F:
+        return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+    return add
+
+
+def _flag(name: str, help_: str, **settings: Any) -> Callable[[Any], Any]:
+    """A flag that `MUSTER_<NAME>` sets too."""
+    variable = "MUSTER_" + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, envvar=variable, help=help_, **settings)
+
+
+_server_options = _options(
+    _flag("--data-dir", "Folder of its state [/var/lib/muster for root, else ~/.local/share/muster].", type=_PATH),
+    _flag("--api-key-file", "File with the API key; the controller makes it when it is missing.", type=_PATH),
+    _flag("--api-key", "The API key; a file or MUSTER_API_KEY is safer.", metavar="KEY"),
+    _flag("--insecure-no-auth", "Allow an address others can reach without a key.", is_flag=True),
+)
+
+_agent_options = _options(
+    _flag("--image-dir", "Folder of base images [DATA-DIR/images].", type=_PATH),
+    _flag("--runtime-dir", "Folder with one folder a VM [DATA-DIR/vms].", type=_PATH),
+    _flag("--storage", "How disks are kept: file (or raw), zvol (or zfs).", metavar="KIND"),
+    _flag("--host-id", "Name of this host [made from its host name, then kept].", metavar="NAME"),
+    _flag("--engines", "Engines that must work, such as qemu,docker [all that do].", metavar="LIST"),
+    _flag("--network", "bridge needs root, user does not.", type=click.Choice(["auto", "bridge", "user"])),
+    _flag("--accel", "How QEMU runs guests; auto proves KVM first.", type=click.Choice(["auto", "kvm", "tcg"])),
+    _flag("--cpu-total", "vCPUs to give away; 0 detects.", type=_SIZE, metavar="N"),
+    _flag("--mem-total", "Memory to give away in MiB; 0 detects.", type=_SIZE, metavar="MIB"),
+    _flag("--disk-total", "Disk to give away in MiB; 0 detects.", type=_SIZE, metavar="MIB"),
+    _flag("--docker", "The container command: docker, podman, or with arguments.", metavar="COMMAND"),
+    _flag("--bridge", "Name of the bridge [muster0].", metavar="NAME"),
+    _flag("--subnet", "Addresses of VMs on the bridge, such as 10.213.0.0/16.", metavar="CIDR"),
+    _flag("--port-range", "Host ports for forwards, such as 20000-32767.", metavar="FIRST-LAST"),
+    _flag("--forward-addrs", "Addresses that forwards listen on in the user network.", metavar="LIST"),
+)
+
+
+@click.command()
+@_flag("--listen", "Address of the API and the dashboard.", metavar="HOST:PORT", default="127.0.0.1:9200", show_default=True)
+@_server_options
+@_flag("--agent-key", "The key of the agents [the controller's own]; MUSTER_AGENT_KEY is safer.", metavar="KEY")
+def controller(data_dir: Path | None, **given: Any) -> None:
+    """Run the controller: the REST API, the dashboard and the reconcile loop."""
+    from api.main import serve
+    from api.settings import ControllerSettings, SettingsError
+
+    try:
+        settings = ControllerSettings(data_dir=data_dir or default_data_dir(), **_given(given))
+        asyncio.run(serve(settings))
+    except SettingsError as error:
+        raise Failure(str(error)) from None
+    except OSError as error:
+        raise Failure(f"the controller cannot run: {error.strerror or error}") from None
+
+
+@click.command()
+@_flag("--listen", "Address of the agent's API.", metavar="HOST:PORT", default="127.0.0.1:9100", show_default=True)
+@_server_options
+@_agent_options
+def agent(data_dir: Path | None, **given: Any) -> None:
+    """Run the agent of this host: it makes, stops, starts and removes VMs and containers.
+
+    VMs keep running when it ends, and are found again when it starts.
+    """
+    from pydantic import ValidationError
+
+    from agent.errors import AgentError
+    from agent.main import serve
+    from agent.settings import AgentSettings
+
+    if given.get("api_key"):
+        given["api_key_file"] = None
+    try:
+        settings = AgentSettings.model_validate({"data_dir": data_dir or default_data_dir(), **_given(given)})
+    except ValidationError as error:
+        raise click.UsageError(_flags_at_fault(error.errors())) from None
+    try:
+        asyncio.run(serve(settings))
+    except AgentError as error:
+        raise Failure(error.message) from None
+    except OSError as error:
+        raise Failure(f"the agent cannot run: {error.strerror or error}") from None
+
+
+@click.command()
+@click.option(
+    "--listen",
+    envvar="MUSTER_LISTEN",
+    metavar="HOST:PORT",
+    default="127.0.0.1:9200",
+    show_default=True,
+    help="Of the controller.",
+)
+@click.option(
+    "--agent-listen",
+    envvar="MUSTER_AGENT_LISTEN",
+    metavar="HOST:PORT",
+    default="127.0.0.1:9100",
+    show_default=True,
+    help="Of the agent.",
+)
+@click.option("--destroy-on-exit", is_flag=True, help="Destroy every environment before ending, so that nothing keeps running.")
+@_server_options
+@_agent_options
+def up(
+    listen: str,
+    agent_listen: str,
+    destroy_on_exit: bool,
+    data_dir: Path | None,
+    api_key: str | None,
+    api_key_file: Path | None,
+    insecure_no_auth: bool,
+    **of_agent: Any,
+) -> None:
+    """Run a controller and an agent on this machine, until Ctrl-C.
+
+    Each runs in a process of its own and is started again should it end. VMs keep running afterwards, and are found again
+    by the next `muster up`.
+    """
+    from api.cli.up import Part, run
+    from specs.desired import check_addr
+
+    for address in (listen, agent_listen):
+        try:
+            check_addr(address)
+        except ValueError:
+            raise click.UsageError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:9200") from None
+    shared = ["--data-dir", str((data_dir or default_data_dir()).absolute())]
+    if api_key_file and not api_key:
+        shared += ["--api-key-file", str(api_key_file.absolute())]
+    if insecure_no_auth:
+        shared.append("--insecure-no-auth")
+    own = [word for name, value in _given(of_agent).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    # A key goes through the environment: arguments of a process can be read by every user of the machine.
+    secret = {"MUSTER_API_KEY": api_key} if api_key else {}
+    run(
+        Part("controller", listen, ["controller", "--listen", listen, *shared], secret),
+        Part("agent", agent_listen, ["agent", "--listen", agent_listen, *shared, *own], secret),
+        key=lambda: read_api_key(api_key, api_key_file),
+        destroy_on_exit=destroy_on_exit,
+    )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def _flags_at_fault(errors: Any) -> str:
+    told = []
+    for error in errors:
+        flag = f"--{str(error['loc'][0]).replace('_', '-')}: " if error["loc"] else ""
+        told.append(flag + str(error["msg"]).removeprefix("Value error, "))
+    return "; ".join(told)
