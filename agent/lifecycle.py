@@ -77,15 +77,18 @@ class Lifecycle:
     async def build(self, entry: Entry) -> None:
         """Creates the VM and boots it; run again on an incomplete record it continues. Raises AgentError; undoes nothing."""
         record = _recorded(entry)
-        self._on_step(entry, "accepted")
-        await self.save(entry, record)
-        entry.recorded.set()
+        is_continued = entry.recorded.is_set()
+        if not is_continued:
+            await self.save(entry, record)
+            entry.recorded.set()
         engine = self.engine(entry)
         await self._gates.network.wait()
         await self._gates.engines[engine.kind].wait()
         disk = await self._make_disk(entry, record) if engine.needs_disk else None
         machine = await self._plug_in(entry, record, disk)
-        await self._boot(engine, entry, machine)
+        if not (is_continued and isinstance(await engine.state(entry.id, entry.folder), Running)):
+            await self._boot(engine, entry, machine)
+        entry.machine = machine
         await self.save(entry, record.model_copy(update={"complete": True, "disk": disk}))
 
     async def boot(self, entry: Entry) -> None:
@@ -99,7 +102,9 @@ class Lifecycle:
         if record.disk is not None and not record.disk.path.exists():
             # A fresh clone here would pass for the old disk and hide that its contents are lost.
             raise AgentError(f"the disk {record.disk.path} of VM {entry.id} is gone; delete the VM and create it again")
-        await self._boot(engine, entry, await self._plug_in(entry, record, record.disk))
+        machine = await self._plug_in(entry, record, record.disk)
+        await self._boot(engine, entry, machine)
+        entry.machine = machine
 
     async def halt(self, entry: Entry, grace: timedelta) -> None:
         """Powers the VM down. One that does not run is left alone."""
@@ -181,7 +186,6 @@ class Lifecycle:
             await engine.prepare(machine)
             self._on_step(entry, "booting")
             await engine.start(machine)
-        entry.machine = machine
 
     @staticmethod
     def _machine(entry: Entry, nic: Nic, disk: Disk | None) -> Machine:

@@ -35,8 +35,6 @@ from specs.names import Storage as StorageKind
 
 log = structlog.get_logger(__name__)
 
-_FAREWELL = 0.2  # seconds for answers under way when the agent ends
-
 
 async def serve(settings: AgentSettings, *, ready: Callable[[str], None] = lambda _url: None) -> None:
     """Runs an agent until cancelled or told to end by SIGTERM or SIGINT; VMs keep running.
@@ -116,8 +114,7 @@ class Agent:
         )
         self._open.push_async_callback(self._leave_network, drivers)
         server = Server.of(make_app(Services(self._runtime, facts), Access(key, listen.allowed_hosts())))
-        self._open.push_async_callback(server.close_all_connections)
-        self._open.push_async_callback(asyncio.sleep, _FAREWELL)
+        self._open.push_async_callback(server.drain)
         self._open.push_async_callback(facts.close)
         self._open.push_async_callback(self._runtime.close)
         await self._runtime.start()

@@ -133,13 +133,11 @@ class RecordStore:
         """Makes the record durable, with the VM's folder if need be. Raises DoesNotFit, AgentError."""
         folder = self.folder(record.id)
         try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+                _sync_folder(self.root)
         except OSError as error:
             raise io_error(f"making {folder}", error) from error
-        else:
-            _sync_folder(self.root)
         write_durably(folder / RECORD, record.model_dump_json(indent=1).encode())
 
     def discard(self, vm_id: VmId) -> None:

@@ -15,7 +15,7 @@ from agent.faults import Faults
 from agent.inventory import Capacity
 from agent.machine import Disk
 from agent.network.fake import FakeHost, FakeNetwork
-from agent.records import RecordStore
+from agent.records import TERMS, RecordStore
 from agent.runtime import Drivers, Runtime
 from agent.storage.fake import FakeDisks, FakeStorage
 from specs.names import ClusterId, Engine, VmId
@@ -111,7 +111,7 @@ class Rig:
             "disks": sorted(self.disks.disks),
             "links": sorted(self.host.links),
             "rules": sorted(self.host.rules),
-            "folders": sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".terms")),
+            "folders": sorted(path.name for path in self.folder.iterdir() if path.name not in (".lock", TERMS)),
         }
 
     NOTHING = {"machines": [], "containers": [], "disks": [], "links": [], "rules": [], "folders": []}  # noqa: RUF012
