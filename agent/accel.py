@@ -145,7 +145,9 @@ async def _boot_sector_trouble(binary: str, accel: Accel, limit: float) -> str:
                 *_proof_argv(binary, accel, disk, "raw", 32), "-device", "isa-debug-exit,iobase=0xf4,iosize=4", limit=limit
             )
         except CommandFailed as error:
-            return "" if error.exit_status == _BOOT_SECTOR_STATUS else error.stderr.strip() or error.message
+            # QEMU's first complaint is the cause; the ones after it are what became of that.
+            complaint = error.stderr.strip().partition("\n")[0].removeprefix(f"{Path(binary).name}: ")
+            return "" if error.exit_status == _BOOT_SECTOR_STATUS else complaint or error.message
     return "the guest ended without having run"
 
 
