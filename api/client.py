@@ -53,6 +53,7 @@ class PlanLine(Message):
     vm_id: str | None = None
     fields: tuple[str, ...] = ()
     host: str | None = None
+    message: str = ""
 
 
 class Plan(Message):

@@ -138,6 +138,8 @@ def _plan_line(line: PlanLine, spec: EnvSpec) -> str:
         parts.append(f"{', '.join(line.fields)} {'differs' if len(line.fields) == 1 else 'differ'}")
     if line.action in ("replace", "destroy"):
         parts.append("its disk is lost")
+    if line.message:
+        parts.append(line.message)
     where = f" on {line.host}" if line.host else ""
     detail = f" ({'; '.join(parts)})" if parts else ""
     return f"{line.action:8} {spec.id}/{line.name}{where}{detail}"

@@ -28,6 +28,8 @@ def _wait_for(
         from api.cli.progress import await_goal
 
         await_goal(connect, {name: least.get(name, 0) for name in names}, goal, seconds)
+        for name in names:
+            say(f"env/{name} is {goal}")
 
 
 @click.command(cls=WaitingCommand)

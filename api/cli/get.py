@@ -43,12 +43,15 @@ def get(
             raise click.UsageError("images cannot be watched")
         _images(connect, names, output)
         return
+    from api.client import Snapshot
+
     chosen = _Chosen(str(kind), names, env_id=env_id, host_id=host_id, owner=owner)
     if watch:
         _follow(connect, chosen, output)
         return
     with connect() as client:
-        snapshot = client.snapshot()
+        # A watch leaves out how long ago each host was heard of.
+        snapshot = Snapshot(revision=0, hosts=client.hosts()) if kind == "host" else client.snapshot()
     things = chosen.of(snapshot)
     missing = [name for name in names if not any(chosen.is_named(thing, name) for thing in things)]
     if output in ("json", "yaml"):

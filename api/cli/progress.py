@@ -28,7 +28,8 @@ def reached(env: Env | None, goal: Goal, generation: int = 0) -> bool:
         return goal == "gone"
     if env.generation < generation or env.observed_generation < env.generation:
         return False
-    phases = {"ready": ("ready",), "stopped": ("stopped",), "converged": ("ready", "stopped"), "gone": ()}
+    # A VM that ended and is not to be started again leaves its environment degraded, yet as asked.
+    phases = {"ready": ("ready",), "stopped": ("stopped",), "converged": ("ready", "stopped", "degraded"), "gone": ()}
     return env.phase in phases[goal]
 
 

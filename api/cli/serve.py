@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from api.cli.common import Failure, default_data_dir, read_api_key
+from api.cli.common import Failure, default_data_dir, note, read_api_key
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,11 +67,12 @@ def controller(data_dir: Path | None, **given: Any) -> None:
     """Run the controller: the REST API, the dashboard and the reconcile loop."""
     from api.main import serve
     from api.settings import ControllerSettings, SettingsError
+    from reconciler.store.database import StoreCorrupt, StoreUnavailable
 
     try:
         settings = ControllerSettings(data_dir=data_dir or default_data_dir(), **_given(given))
-        asyncio.run(serve(settings))
-    except SettingsError as error:
+        asyncio.run(serve(settings, ready=_announce))
+    except (SettingsError, StoreCorrupt, StoreUnavailable) as error:
         raise Failure(str(error)) from None
     except OSError as error:
         raise Failure(f"the controller cannot run: {error.strerror or error}") from None
@@ -99,7 +100,7 @@ def agent(data_dir: Path | None, **given: Any) -> None:
     except ValidationError as error:
         raise click.UsageError(_flags_at_fault(error.errors())) from None
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings, ready=_announce))
     except AgentError as error:
         raise Failure(error.message) from None
     except OSError as error:
@@ -163,6 +164,10 @@ def up(
         key=lambda: read_api_key(api_key, api_key_file),
         destroy_on_exit=destroy_on_exit,
     )
+
+
+def _announce(url: str) -> None:
+    note(f"listening at {url}")
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

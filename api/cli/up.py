@@ -71,8 +71,6 @@ class _Up:
         try:
             if await self._started():
                 await self._until_stopped()
-                if self._destroy:
-                    await self._destroy_all()
         finally:
             # The controller first: it would else see its agent disappear.
             for keeper in (self._controller, self._agent):
@@ -116,6 +114,8 @@ class _Up:
         keepers = [asyncio.create_task(keeper.keep()) for keeper in (self._controller, self._agent)]
         try:
             await self._stop.wait()
+            if self._destroy:
+                await self._destroy_all()
         finally:
             for task in keepers:
                 task.cancel()
@@ -136,31 +136,22 @@ class _Up:
             raise Failure(f"not every environment could be destroyed: {error}")
 
     async def _envs_gone(self) -> None:
-        while left := await asyncio.to_thread(self._delete_all):
-            del left
+        while await asyncio.to_thread(self._delete_all):
             await asyncio.sleep(0.2)
 
-    def _delete_all(self) -> int:
-        with self._client() as client:
-            envs = client.envs()
-            for env in envs:
-                if env.phase != "terminating":
-                    with contextlib.suppress(_Gone):
-                        _delete(client, env.id)
-            return len(envs)
-
-
-class _Gone(Exception):
-    """Somebody else deleted it first."""
-
-
-def _delete(client: Client, name: str) -> None:
-    try:
-        client.delete_env(name)
-    except ApiError as error:
-        if error.status == 404:
-            raise _Gone from None
-        raise
+    def _delete_all(self) -> bool:
+        """Asks for every environment to go; False once there is none. A controller that is just restarting is asked again."""
+        try:
+            with self._client() as client:
+                envs = client.envs()
+                for env in envs:
+                    if env.phase != "terminating":
+                        client.delete_env(env.id)
+                return bool(envs)
+        except ApiError as error:
+            if error.status in (0, 404, 503):
+                return True
+            raise
 
 
 def _answers(url: str) -> bool:
