@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -184,6 +185,9 @@ def _short(error: Exception) -> str:
 
 
 def _cause(error: httpx.HTTPError) -> str:
+    system = getattr(error.__cause__, "os_error", None)  # aiohttp's, which the transport passes off as a time-out
+    if isinstance(system, OSError) and system.errno:
+        return os.strerror(system.errno).lower()
     if isinstance(error, httpx.ConnectTimeout):
         return f"no connection within {CONNECT_TIMEOUT:g} s"
     if isinstance(error, httpx.TimeoutException):
