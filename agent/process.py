@@ -23,6 +23,7 @@ import psutil
 from agent.errors import AgentError
 
 POLL_INTERVAL = 0.2  # seconds; only where the kernel has no pidfd
+KILL_LIMIT = 20.0  # seconds; a process with much memory takes one or two to be torn down
 _HAS_PROC = sys.platform == "linux"
 
 
@@ -195,6 +196,22 @@ class ExitWatch:
                 return os.waitstatus_to_exitcode(status) if pid else None
         return None
 
+    async def wait(self, limit: float) -> bool:
+        """Waits up to `limit` seconds for the process to end; whether it did."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await self.gone.wait()
+        return self.gone.is_set()
+
+    async def kill(self, limit: float = KILL_LIMIT) -> None:
+        """Ends the process at once and returns when it is gone; nothing is done to one that is gone already.
+
+        Raises AgentError if it will not go (stuck in the kernel).
+        """
+        if send_signal(self.record, signal.SIGKILL) and not await self.wait(limit):
+            pid = self.record.pid
+            raise AgentError(f"process {pid} did not end within {limit:g} s of SIGKILL: the kernel holds it, look at its disk")
+
     def close(self) -> None:
         """Stops watching. Repeatable."""
         if self._poll is not None:
@@ -215,18 +232,15 @@ async def wait_gone(record: ProcessRecord, limit: float) -> bool:
     """Waits up to `limit` seconds for the process to end; whether it did."""
     watch = ExitWatch(record, lambda _: None)
     try:
-        async with asyncio.timeout(limit):
-            await watch.gone.wait()
-    except TimeoutError:
-        return False
+        return await watch.wait(limit)
     finally:
         watch.close()
-    return True
 
 
-async def kill(record: ProcessRecord, limit: float = 20.0) -> None:
-    """Ends the process at once and returns when it is gone. Raises AgentError if it will not go (stuck in the kernel)."""
-    if send_signal(record, signal.SIGKILL) and not await wait_gone(record, limit):
-        raise AgentError(
-            f"process {record.pid} did not end within {limit:g} s of SIGKILL: the kernel holds it, look at its disk"
-        )
+async def kill(record: ProcessRecord, limit: float = KILL_LIMIT) -> None:
+    """Ends a process that nobody watches; see ExitWatch.kill."""
+    watch = ExitWatch(record, lambda _: None)
+    try:
+        await watch.kill(limit)
+    finally:
+        watch.close()

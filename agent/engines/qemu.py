@@ -33,7 +33,7 @@ START_LIMIT = 30.0  # seconds until QEMU's monitor answers
 QUIT_LIMIT = 5.0  # seconds from `quit` to the end of the process, which writes its caches out
 # A guest that is still booting loses the button press, so it is pressed again.
 POWER_BUTTON_EVERY = 3.0  # seconds
-_LOOK_EVERY = 0.02  # seconds; for the socket of a process that starts
+_LOOK_EVERY = 0.02  # seconds; for the monitor of a process that starts
 
 
 class QemuEngine:
@@ -115,18 +115,20 @@ class QemuEngine:
 
     async def _booted(self, machine: Machine, folder: VmFolder, watch: ExitWatch) -> None:
         """Returns when QEMU's monitor answers: by then the machine is complete and its processors run."""
-        try:
+        said = ""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_LIMIT):
-                while not folder.has_monitor and not await _gone(watch, _LOOK_EVERY):
-                    continue
-                if not watch.gone.is_set():
-                    await qemu_qmp.execute(folder.path, "query-status", limit=START_LIMIT)
-        except (AgentError, TimeoutError) as error:
-            # A guest may power itself off before the monitor is asked; a QEMU that ends for another reason has not booted it.
-            if not await _gone(watch, 1.0):
-                await process.kill(watch.record)
-                raise AgentError(f"QEMU of VM {machine.id} started but its monitor did not answer: {error}") from error
-        if watch.gone.is_set() and folder.ending().reason == "crashed":
+                while not await watch.wait(_LOOK_EVERY):
+                    try:
+                        await qemu_qmp.execute(folder.path, "query-status", limit=START_LIMIT)
+                        return
+                    except AgentError as error:  # its socket is not there yet, or does not listen yet, or it is about to end
+                        said = error.message
+        if not watch.gone.is_set():
+            await watch.kill()
+            raise AgentError(f"QEMU of VM {machine.id} was started but did not answer within {START_LIMIT:g} s: {said}")
+        # A guest may power itself off before the monitor is asked; a QEMU that ended for another reason has not booted it.
+        if folder.ending().reason == "crashed":
             raise AgentError(f"QEMU did not start VM {machine.id}: {folder.complaint() or folder.ending().message}")
 
     async def stop(self, machine: Machine, grace: timedelta) -> None:
@@ -138,9 +140,9 @@ class QemuEngine:
             return
         with contextlib.suppress(AgentError):
             await qemu_qmp.execute(folder.path, "quit", limit=QUIT_LIMIT)
-            if await _gone(watch, QUIT_LIMIT):
+            if await watch.wait(QUIT_LIMIT):
                 return
-        await process.kill(watch.record)
+        await watch.kill()
 
     async def _powers_down(self, folder: VmFolder, watch: ExitWatch, grace: float) -> bool:
         loop = asyncio.get_running_loop()
@@ -149,20 +151,20 @@ class QemuEngine:
             try:
                 await qemu_qmp.execute(folder.path, "system_powerdown", limit=min(left, qemu_qmp.LIMIT))
             except AgentError:  # its monitor closes just before the process ends; or it hangs, and waiting is no use
-                return await _gone(watch, min(left, 1.0))
-            if await _gone(watch, min(POWER_BUTTON_EVERY, deadline - loop.time())):
+                return await watch.wait(min(left, 1.0))
+            if await watch.wait(min(POWER_BUTTON_EVERY, deadline - loop.time())):
                 return True
         return watch.gone.is_set()
 
     async def destroy(self, vm_id: VmId, folder: Path) -> None:
         """Kills QEMU, also one whose record or folder is gone, and removes the driver's files."""
         watch = await self._live(vm_id, folder)
-        records = {watch.record} if watch else set()
-        with contextlib.suppress(KeyError):
-            records.add((await self._find())[vm_id])
         VmFolder(folder).note_asked()
-        for record in records:
-            await process.kill(record)
+        if watch is not None:
+            await watch.kill()
+        stray = (await self._find()).get(vm_id)
+        if stray is not None:
+            await process.kill(stray)
         self._forget(vm_id)
         VmFolder(folder).remove_files()
 
@@ -246,13 +248,6 @@ def _check_link(machine: Machine) -> None:
             socket.if_nametoindex(machine.nic.link)
         except OSError:
             raise AgentError(f"there is no network device {machine.nic.link} for VM {machine.id}") from None
-
-
-async def _gone(watch: ExitWatch, limit: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limit):
-            await watch.gone.wait()
-    return watch.gone.is_set()
 
 
 async def _finish(work: Coroutine[object, object, None]) -> None:

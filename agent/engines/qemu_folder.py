@@ -45,11 +45,6 @@ class VmFolder:
         """Whether `prepare` has finished."""
         return (self.path / SEED).is_file()
 
-    @property
-    def has_monitor(self) -> bool:
-        """Whether QEMU has made its monitor's socket."""
-        return (self.path / QMP).exists()
-
     def record(self) -> ProcessRecord | None:
         """The process started last, if any. Raises AgentError on an unreadable record."""
         return read_record(self.path / PROCESS)

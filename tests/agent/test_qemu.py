@@ -74,6 +74,18 @@ async def test_a_qemu_that_hangs_is_killed(rig: QemuRig, monkeypatch: pytest.Mon
     assert (machine.folder / "exit.json").read_text() == '{"status": -9}'
 
 
+async def test_a_qemu_that_never_answers_is_not_left_running(rig: QemuRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = await rig.make_machine("vm-a")
+    await rig.engine.prepare(machine)
+    monkeypatch.setattr(qemu, "START_LIMIT", 0.3)
+    monkeypatch.setattr(qemu_qmp, "QMP", "another.sock")
+    with pytest.raises(AgentError, match=r"VM vm-a was started but did not answer within 0.3 s: .*query-status"):
+        await rig.engine.start(machine)
+    assert qemu_folder.find_processes(rig.runtime_dir, "qemu-system-x86_64") == {}
+    assert await rig.next_exit() == machine.id
+    assert await rig.state(machine) == Stopped("crashed", "QEMU was killed by SIGKILL")
+
+
 async def test_a_guest_that_ends_as_soon_as_it_is_up_has_started_and_exited(rig: QemuRig) -> None:
     machine = await rig.make_machine("vm-a", "brief")
     await rig.engine.prepare(machine)
