@@ -1,0 +1,1 @@
+"""Scripts that set this checkout up, show it and test it. No part of the installed product."""

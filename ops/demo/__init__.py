@@ -1,0 +1,1 @@
+"""What `ops/up` does once everything is installed. Uses the command line and the REST API alone, as anybody could."""
