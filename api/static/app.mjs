@@ -1,0 +1,36 @@
+// The dashboard's start: draws the frame, follows the controller, keeps time, title and focus.
+import { html } from "./html.mjs";
+import { route } from "./route.mjs";
+import { revision, tally, tick } from "./store.mjs";
+import { follow, link } from "./stream.mjs";
+import { effect } from "./vendor/signals.mjs";
+import { render } from "./vendor/preact.mjs";
+import { Frame } from "./views/frame.mjs";
+
+render(html`<${Frame} />`, document.getElementById("app"));
+
+effect(() => {
+  const { page, id } = route.value;
+  const { ok, total } = tally.value;
+  const lead = { live: "", stale: "⚠ ", connecting: "", locked: "" }[link.value.state];
+  const place = page === "fleet" ? "" : `${id.slice(0, 80)} · `;
+  document.title = revision.value === null ? "muster" : `${lead}${place}${ok}/${total} as desired · muster`;
+});
+
+// A reader with a keyboard or screen reader goes on at the new page's heading, not where the old link was.
+let first = true;
+effect(() => {
+  route.value;
+  if (!first) {
+    requestAnimationFrame(() =>
+      requestAnimationFrame(() => {
+        scrollTo(0, 0);
+        document.querySelector("main h1")?.focus({ preventScroll: true });
+      }),
+    );
+  }
+  first = false;
+});
+
+setInterval(tick, 1000);
+follow();

@@ -1,0 +1,72 @@
+// What surrounds every page: the name, how fresh the picture is, and the banner when it is not.
+import { html } from "../html.mjs";
+import { span } from "../format.mjs";
+import { heardAt, now, revision, skew, tally } from "../store.mjs";
+import { hasKey, link, retryNow, setKey } from "../stream.mjs";
+import { route } from "../route.mjs";
+import { EnvPage } from "./env.mjs";
+import { FleetPage } from "./fleet.mjs";
+import { HostPage } from "./host.mjs";
+import { Icon } from "./icons.mjs";
+import { KeyPage } from "./key.mjs";
+import { Announcer, Sign } from "./parts.mjs";
+
+const LINKS = {
+  connecting: { icon: "turning", word: "Connecting", tone: "busy" },
+  live: { icon: "check", word: "Live", tone: "ok" },
+  stale: { icon: "offline", word: "Not live", tone: "trouble" },
+  locked: { icon: "clock", word: "Key needed", tone: "waiting" },
+};
+
+function Stale() {
+  const { state, why, retryAt } = link.value;
+  if (state !== "stale") return null;
+  const here = now.value * 1000 - skew.value; // ticks with `now`, in this machine's own time
+  const last = heardAt.value;
+  const left = Math.ceil((retryAt - here) / 1000);
+  return html`<div class="banner">
+    <${Icon} name="warning" />
+    <div>
+      <p role="alert"><b>${last === null ? "No word from the controller" : "What you see may have changed"}</b> — ${why}.</p>
+      <p>
+        ${last !== null && html`<span>Last word at ${new Date(last).toLocaleTimeString()}, ${span((here - last) / 1000)} ago. </span>`}
+        <span>${left > 0 ? `Trying again in ${span(left)}.` : "Trying again now."}</span>
+      </p>
+    </div>
+    <button type="button" onClick=${retryNow}>Try now</button>
+  </div>`;
+}
+
+function Page() {
+  if (link.value.state === "locked") return html`<${KeyPage} />`;
+  if (heardAt.value === null || (revision.value === null && link.value.state === "connecting"))
+    return html`<p class="loading" role="status"><${Icon} name="turning" />Asking the controller for the fleet…</p>`;
+  const { page, id } = route.value;
+  if (page === "env") return html`<${EnvPage} key=${id} name=${id} />`;
+  if (page === "host") return html`<${HostPage} key=${id} id=${id} />`;
+  return html`<${FleetPage} />`;
+}
+
+function Spoken() {
+  const { ok, total } = tally.value;
+  return html`<div class="unseen" role="status">${link.value.state === "live" ? `${ok} of ${total} machines as desired` : ""}</div>`;
+}
+
+export function Frame() {
+  const { state } = link.value;
+  return html`<a class="skip" href="#main" onClick=${skip}>Skip to the fleet</a>
+    <header class="top">
+      <a class="brand" href="#/"><svg viewBox="0 0 26 16" aria-hidden="true" focusable="false"><circle cx="3" cy="3" r="3" /><circle cx="13" cy="3" r="3" /><circle cx="23" cy="3" r="3" /><circle cx="3" cy="13" r="3" /><circle cx="13" cy="13" r="3" /><circle class="late" cx="23" cy="13" r="2.4" /></svg>muster</a>
+      <span class="link"><${Sign} ...${LINKS[state]} /></span>
+      ${hasKey.value && html`<button type="button" onClick=${() => setKey("")}>Forget the key</button>`}
+    </header>
+    <${Stale} />
+    <main id="main" class=${state === "stale" ? "stale" : ""}><${Page} /></main>
+    <${Announcer} /><${Spoken} />`;
+}
+
+/** An address of our own would leave the page that is shown, so the jump is made by hand. */
+function skip(event) {
+  event.preventDefault();
+  document.querySelector("main h1")?.focus();
+}
