@@ -29,11 +29,12 @@ SUBNET = IPv4Network("10.66.0.0/16")
 GATEWAY = IPv4Address("10.66.0.1")
 _numbers = itertools.count()
 
-# Ends at once on SIGTERM, as a well-behaved main program does; `stubborn` does not.
+# Ends at once on SIGTERM, as a well-behaved main program does, and counts its boots on its own disk.
 _INIT = """#!/bin/sh
 hostname > /www/index.html
 httpd -p 80 -h /www
 trap 'exit 0' TERM
+echo booted >> /boots
 while :; do sleep 1000 & wait $!; done
 """
 

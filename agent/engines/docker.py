@@ -150,6 +150,7 @@ class DockerEngine:
         self._known.discard(vm_id)
         for name in (_PREPARED, _STOP_ASKED):
             (folder / name).unlink(missing_ok=True)
+            _unfinished(folder / name).unlink(missing_ok=True)
         await self._networks.remove_unused()
 
     async def state(self, vm_id: VmId, folder: Path) -> EngineState | None:
@@ -240,6 +241,10 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
+    new = _unfinished(path)
     new.write_text(text)
     new.replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".new")

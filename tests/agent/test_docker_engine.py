@@ -17,7 +17,7 @@ from agent.engines.docker import DockerEngine
 from agent.errors import AgentError, Conflict, DoesNotFit, ImageMissing, Unsupported
 from agent.machine import Machine, Running, Stopped, Unusable, Usable
 from specs.names import VmId
-from tests.docker_fixture import IMAGE, DockerDaemon, docker_daemon, make_machine  # noqa: F401
+from tests.docker_fixture import IMAGE, DockerDaemon, box_image, docker_daemon, make_machine  # noqa: F401
 
 pytestmark = pytest.mark.real
 
@@ -211,7 +211,7 @@ async def test_a_guest_that_ends_by_itself_has_exited(engine: DockerEngine, tmp_
 
 async def test_a_guest_that_used_up_its_memory_says_so(docker: DockerDaemon, engine: DockerEngine, tmp_path: Path) -> None:
     exits = Exits(engine)
-    docker("import", "-c", 'CMD ["/bin/tail", "/dev/zero"]', "-", "greedy:1", stdin=_box())
+    docker("import", "-c", 'CMD ["/bin/tail", "/dev/zero"]', "-", "greedy:1", stdin=box_image())
     machine = make_machine(tmp_path, "vm-1", image="greedy:1", mem=16)
     try:
         await engine.prepare(machine)
@@ -227,7 +227,7 @@ async def test_a_guest_that_used_up_its_memory_says_so(docker: DockerDaemon, eng
 async def test_a_guest_deaf_to_sigterm_is_killed_after_the_grace_and_counts_as_stopped(
     docker: DockerDaemon, engine: DockerEngine, tmp_path: Path
 ) -> None:
-    docker("import", "-c", 'CMD ["/bin/sleep", "1000"]', "-", "stubborn:1", stdin=_box())
+    docker("import", "-c", 'CMD ["/bin/sleep", "1000"]', "-", "stubborn:1", stdin=box_image())
     machine = make_machine(tmp_path, "vm-1", image="stubborn:1")
     try:
         pid = await run_machine(engine, machine)
@@ -242,7 +242,7 @@ async def test_a_guest_deaf_to_sigterm_is_killed_after_the_grace_and_counts_as_s
 async def test_an_image_whose_program_is_missing_fails_with_its_reason(
     docker: DockerDaemon, engine: DockerEngine, tmp_path: Path
 ) -> None:
-    docker("import", "-c", 'CMD ["/nope"]', "-", "broken:1", stdin=_box())
+    docker("import", "-c", 'CMD ["/nope"]', "-", "broken:1", stdin=box_image())
     machine = make_machine(tmp_path, "vm-1", image="broken:1")
     try:
         await engine.prepare(machine)
@@ -391,9 +391,3 @@ def _watchers(owner: str) -> list[psutil.Process]:
     """Processes that are `docker events` for this owner."""
     own = f"--filter=label=muster.agent={owner}"
     return [process for process in psutil.process_iter(["cmdline"]) if {"events", own} <= set(process.info["cmdline"] or ())]
-
-
-def _box() -> bytes:
-    from tests.docker_fixture import box_image
-
-    return box_image()
