@@ -145,5 +145,5 @@ class FleetRig:
     async def until(self, reached: Callable[[], bool], what: str = "") -> None:
         """Waits for something to become true; the test's own time limit ends a vain wait."""
         async with asyncio.timeout(60):
-            while not reached():
+            while not reached():  # noqa: ASYNC110 what is waited for lies outside this program
                 await asyncio.sleep(0.01)

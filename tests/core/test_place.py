@@ -97,7 +97,8 @@ def test_every_refusal_says_why() -> None:
             ("d", "has no qemu image tiny"),
             (
                 "e",
-                "no room: cpu (2 wanted, 1 of 8 free), mem (1024 wanted, 192 of 8192 free), disk (1000 wanted, 500 of 100000 free)",
+                "no room: cpu (2 wanted, 1 of 8 free), mem (1024 wanted, 192 of 8192 free), "
+                "disk (1000 wanted, 500 of 100000 free)",
             ),
             ("f", "lacks the label zone=a"),
         )
