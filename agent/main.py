@@ -251,7 +251,7 @@ def configure_logging(*, verbose: bool = False) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
-    for noisy in ("sh", "asyncio", "qemu.qmp", "pyroute2", "tornado.access"):
+    for noisy in ("sh", "asyncio", "httpx", "httpcore", "qemu.qmp", "pyroute2", "tornado.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
