@@ -283,6 +283,7 @@ class Watch(ApiHandler):
         at = int(asked) if asked is not None else None
         if at is not None:
             self.hub.since(at)  # answers 410 while it still can
+        self._auto_finish = False  # there is nobody left to finish for once the client has gone
         self.set_header("Content-Type", "text/event-stream")
         self.set_header("X-Accel-Buffering", "no")
         try:
@@ -301,7 +302,7 @@ class Watch(ApiHandler):
         except StreamClosedError:
             return
         except TooOld:
-            self.finish()  # too slow to keep up: it resumes, is told 410, and begins anew
+            await self.finish()  # too slow to keep up: it resumes, is told 410, and begins anew
 
 
 class Health(ApiHandler):

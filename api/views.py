@@ -10,6 +10,8 @@ from reconciler.loop.clock import Clock
 from specs.names import EnvId, HostId, Storage, VmId
 from specs.wire import AgentVm, Condition, Env, FleetStatus, Host, ImageInfo, Phase, Resource, Vm, VmState
 
+_CLOCK_WAS_SET = 2.0  # seconds of difference; less is drift, and following it would make times flicker
+
 
 class Views:
     """Reads one fleet. Times on the wire are Unix seconds; the fleet's are monotonic."""
@@ -17,9 +19,14 @@ class Views:
     def __init__(self, fleet: Fleet, clock: Clock) -> None:
         self._fleet = fleet
         self._clock = clock
+        self._offset: float | None = None
 
     def _unix(self, monotonic: float) -> int:
-        return int(self._clock.wall() + monotonic - self._clock.monotonic())
+        """A monotonic time as Unix seconds, the same answer every time unless the wall clock was set anew."""
+        offset = self._clock.wall() - self._clock.monotonic()
+        if self._offset is None or abs(offset - self._offset) > _CLOCK_WAS_SET:
+            self._offset = offset
+        return int(self._offset + monotonic)
 
     # ---- VMs
 

@@ -217,6 +217,7 @@ class Fleet:
         envs[vm.env_id] += sign
         if not envs[vm.env_id]:
             del envs[vm.env_id]
+        self.changed("host", host_id)
 
     def reserve(self, vm_id: VmId, host_id: HostId) -> None:
         """Counts a chosen host as used while the placement is being committed."""
