@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import AgentError, Conflict, DoesNotFit
@@ -38,6 +38,7 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert (tmp_path / A / RECORD).stat().st_mode & 0o777 == 0o600
 
 
+@settings(deadline=None)  # the machine's disk is no part of what is tested
 @given(user_data=st.text(max_size=200), keys=st.integers(0, 3))
 def test_any_text_of_a_request_survives_being_recorded(user_data: str, keys: int) -> None:
     wanted = record(request=request(user_data=user_data, ssh_keys=request().ssh_keys * keys))
@@ -140,6 +141,7 @@ def test_a_durable_write_does_not_go_through_a_planted_link(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "target"]
 
 
+@settings(deadline=None)  # the machine's disk is no part of what is tested
 @given(terms=st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 2**63 - 1)), max_size=12))
 def test_a_term_is_admitted_only_if_none_higher_came_before(
     tmp_path_factory: pytest.TempPathFactory, terms: list[tuple[str, int]]
