@@ -190,6 +190,10 @@ class Client:
         """Asks for every VM of an environment to run."""
         self._call("POST", f"/api/envs/{_part(name)}/start")
 
+    def vms(self) -> tuple[Vm, ...]:
+        """Every VM of every environment."""
+        return _parse(tuple[Vm, ...], self._call("GET", "/api/vms"))
+
     def vm(self, vm_id: str) -> Vm:
         """One VM by its id."""
         return _parse(Vm, self._call("GET", f"/api/vms/{_part(vm_id)}"))
@@ -208,13 +212,6 @@ class Client:
             return self._http.get("/readyz", timeout=2.0).status_code == 200
         except httpx.HTTPError:
             return False
-
-    def snapshot(self) -> Snapshot:
-        """The whole fleet at one revision."""
-        for event in self.watch():
-            if isinstance(event, Snapshot):
-                return event
-        raise ApiError(f"the controller at {self.url} ended the watch before its first event")
 
     def watch(self, since: int | None = None) -> Iterator[Snapshot | Change]:
         """Follows the fleet (server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html).

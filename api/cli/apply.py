@@ -125,7 +125,7 @@ def _plan(client: Client, document: Document, *, show: bool) -> Any:
             say(f"  {_plan_line(line, spec)}")
         for warning in plan.warnings:
             say(f"  warning: {warning}")
-    return {"env": spec.id, **plan.model_dump(mode="json")}
+    return {"env": spec.id, "plan": plan.plan, "warnings": plan.warnings}
 
 
 def _changes(plan: Sequence[PlanLine]) -> bool:

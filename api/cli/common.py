@@ -120,10 +120,10 @@ def targets(words: Sequence[str], *, default: str | None = None) -> tuple[str | 
 
 
 def as_json(value: Any) -> Any:
-    """Models, and lists of them, as plain JSON values."""
+    """Models, and lists of them, as plain JSON values, with the fields that the controller sent."""
     if hasattr(value, "model_dump"):
         model: BaseModel = value
-        return model.model_dump(mode="json")
+        return model.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

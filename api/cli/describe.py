@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +11,7 @@ import click
 from api.cli.common import Failure, connection, output_option, say, targets, write_data
 
 if TYPE_CHECKING:
-    from api.client import Client, EnvDetail, Snapshot
+    from api.client import Client, EnvDetail
     from specs.wire import Condition, Host, Vm
 
 
@@ -33,20 +33,18 @@ def describe(what: tuple[str, ...], output: str, connect: Callable[[], Client]) 
             hosts = {host.id: host for host in client.hosts()}
             _env(detail, hosts, output)
             return
-        fleet = client.snapshot()
         if kind == "host":
-            _host(client.host(names[0]), fleet, output)
+            _host(client.host(names[0]), client.vms(), output)
         else:
-            vm = find_vm(fleet, names[0])
-            _vm(vm, {host.id: host for host in fleet.hosts}, output)
+            _vm(find_vm(client.vms(), names[0]), {host.id: host for host in client.hosts()}, output)
 
 
-def find_vm(fleet: Snapshot, name: str) -> Vm:
+def find_vm(vms: Sequence[Vm], name: str) -> Vm:
     """The VM an id, ENV/NAME or an unambiguous name means. Raises Failure."""
-    for vm in fleet.vms:
+    for vm in vms:
         if name in (vm.id, f"{vm.env_id}/{vm.name}"):
             return vm
-    found = [vm for vm in fleet.vms if vm.name == name]
+    found = [vm for vm in vms if vm.name == name]
     if len(found) == 1:
         return found[0]
     if found:
@@ -135,10 +133,10 @@ def _vm(vm: Vm, hosts: Mapping[str, Host], output: str) -> None:
         say(f"  {ssh}")
 
 
-def _host(host: Host, fleet: Snapshot, output: str) -> None:
+def _host(host: Host, every: Iterable[Vm], output: str) -> None:
     from api.cli.words import VM_COLUMNS, clock, size, span, vm_row, write_table
 
-    vms = sorted((vm for vm in fleet.vms if vm.host_id == host.id), key=lambda vm: (vm.env_id, vm.name))
+    vms = sorted((vm for vm in every if vm.host_id == host.id), key=lambda vm: (vm.env_id, vm.name))
     if output != "table":
         write_data({"host": host, "vms": vms}, output)
         return

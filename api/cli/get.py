@@ -43,16 +43,12 @@ def get(
             raise click.UsageError("images cannot be watched")
         _images(connect, names, output)
         return
-    from api.client import Snapshot
-
     chosen = _Chosen(str(kind), names, env_id=env_id, host_id=host_id, owner=owner)
     if watch:
         _follow(connect, chosen, output)
         return
     with connect() as client:
-        # A watch leaves out how long ago each host was heard of.
-        snapshot = Snapshot(revision=0, hosts=client.hosts()) if kind == "host" else client.snapshot()
-    things = chosen.of(snapshot)
+        things = chosen.of(_looked_up(client, str(kind), with_owners=owner is not None))
     missing = [name for name in names if not any(chosen.is_named(thing, name) for thing in things)]
     if output in ("json", "yaml"):
         if not missing:
@@ -61,6 +57,17 @@ def get(
         _table(things, str(kind), wide=output == "wide", but_missing=bool(missing))
     if missing:
         raise Failure(f"there is no {kind} {', '.join(missing)}")
+
+
+def _looked_up(client: Client, kind: str, *, with_owners: bool) -> Snapshot:
+    from api.client import Snapshot
+
+    return Snapshot(
+        revision=0,
+        hosts=client.hosts() if kind == "host" else (),
+        envs=client.envs() if kind == "env" or with_owners else (),
+        vms=client.vms() if kind == "vm" else (),
+    )
 
 
 class _Chosen:

@@ -83,10 +83,11 @@ def completion(shell: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line (default: this process's) and exits: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    sys.exit(_run(arguments))
+    sys.exit(run_command(arguments))
 
 
-def _run(arguments: list[str] | None) -> int:
+def run_command(arguments: list[str] | None) -> int:
+    """Runs a command line and returns its exit status."""
     try:
         result = cli.main(arguments, prog_name="muster", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -136,7 +136,7 @@ class _Up:
             raise Failure(f"not every environment could be destroyed: {error}")
 
     async def _envs_gone(self) -> None:
-        while await asyncio.to_thread(self._delete_all):
+        while await asyncio.to_thread(self._delete_all):  # noqa: ASYNC110 - another process empties the list
             await asyncio.sleep(0.2)
 
     def _delete_all(self) -> bool:
