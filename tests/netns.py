@@ -50,11 +50,18 @@ def command(*argv: str, stdin: str = "") -> str:
     return done.stdout
 
 
+def sysctl(name: str, value: str) -> None:
+    """Sets `/proc/sys/<name>` in the calling thread's namespace."""
+    Path("/proc/sys", name).write_text(value)
+
+
 @dataclass
 class Lab:
     """Namespaces, servers and frame pumps that all end with `close`."""
 
     namespaces: list[str] = field(default_factory=list)
+    heard: list[str] = field(default_factory=list)
+    """What callers said in their datagrams to the servers of this lab."""
     _ends: list[Callable[[], object]] = field(default_factory=list)
 
     def namespace(self, label: str) -> str:
@@ -94,8 +101,7 @@ class Lab:
 
     def _address(self, guest: str, mac: str, cidr: str, gateway: str) -> None:
         with inside(guest):
-            Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0")
-            Path("/proc/sys/net/ipv6/conf/eth0/accept_dad").write_text("0")
+            sysctl("net/ipv6/conf/eth0/accept_dad", "0")
         command("ip", "-n", guest, "link", "set", "eth0", "address", mac)
         command("ip", "-n", guest, "addr", "add", cidr, "dev", "eth0")
         command("ip", "-n", guest, "link", "set", "eth0", "up")
@@ -134,7 +140,7 @@ class Lab:
         server.bind((address, port))
         if not udp:
             server.listen(16)
-        thread = threading.Thread(target=_answer, args=(server, name, udp), daemon=True)
+        thread = threading.Thread(target=_answer, args=(server, name, self.heard if udp else None), daemon=True)
         thread.start()
 
         def end() -> None:
@@ -153,13 +159,14 @@ class Lab:
             subprocess.run(["ip", "netns", "delete", self.namespaces.pop()], check=False, capture_output=True)
 
 
-def _answer(server: socket.socket, name: str, udp: bool) -> None:
+def _answer(server: socket.socket, name: str, heard: list[str] | None) -> None:
     with contextlib.suppress(OSError):
         while True:
-            if udp:
+            if heard is not None:
                 data, caller = server.recvfrom(1500)
                 if not data:
                     return  # shut down
+                heard.append(data.decode())
                 server.sendto(f"{name} {caller[0]}".encode(), caller)
             else:
                 connection, caller = server.accept()
@@ -174,7 +181,10 @@ def _open_tap(name: str) -> int:
 
 
 def call(namespace: str, address: str, port: int, *, udp: bool = False, source: str = "", patience: float = 3.0) -> str | None:
-    """What a server of `Lab.serve` answers to a caller in `namespace`; None when it cannot be reached."""
+    """What a server of `Lab.serve` answers to a caller in `namespace`; None when it cannot be reached.
+
+    A datagram says the source address it claims.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with inside(namespace):
         client = socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
@@ -185,18 +195,18 @@ def call(namespace: str, address: str, port: int, *, udp: bool = False, source: 
                 client.bind((source, 0))
             client.connect((address, port))
             if udp:
-                client.send(b"?")
+                client.send(f"from {source}".encode())
             return client.recv(1500).decode() or None
         except OSError:
             return None
 
 
-def pings(namespace: str, address: str) -> bool:
+def pings(namespace: str, address: str, *, patience: float = 0.4) -> bool:
     """Whether one ICMP echo request is answered (RFC 792)."""
     with inside(namespace):
         sender = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
     with sender:
-        sender.settimeout(1.0)
+        sender.settimeout(patience)
         payload = struct.pack("!HH", os.getpid() & 0xFFFF, 1)
         checksum = 0xFFFF - (0x0800 + sum(struct.unpack("!HH", payload))) % 0xFFFF
         try:
@@ -206,3 +216,17 @@ def pings(namespace: str, address: str) -> bool:
         except OSError:
             return False
         return answer[20] == 0 and answer[24:28] == payload
+
+
+def claim_address(namespace: str, link: str, sender_mac: str, mac: str, address: str) -> None:
+    """Broadcasts one gratuitous ARP reply (RFC 826): `address` is at `mac`."""
+    hardware, protocol = bytes.fromhex(mac.replace(":", "")), socket.inet_aton(address)
+    frame = (
+        b"\xff" * 6
+        + bytes.fromhex(sender_mac.replace(":", ""))
+        + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 2)
+        + (hardware + protocol) * 2
+    )
+    with inside(namespace), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+        sender.bind((link, 0x0806))
+        sender.send(frame)

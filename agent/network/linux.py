@@ -127,7 +127,7 @@ class BridgeNetwork:
         if link is None:
             return
         if link.kind != "bridge":
-            raise Conflict(f"{self.bridge} is a {link.kind or 'hardware'} link, not a bridge; choose another --bridge")
+            raise Conflict(f"link {self.bridge} is of kind {link.kind or 'hardware'}, not a bridge; choose another --bridge")
         # Docker may have made our bridge at boot, before this agent; a bridge with an uplink was made by the administrator.
         uplinks = [port.name for port in await links.ports(link) if port.kind not in _PORT_KINDS]
         if uplinks:
