@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
 from pathlib import Path
@@ -145,5 +146,7 @@ def _network_lines(machine: Machine) -> str:
 
 
 def _json(value: Any) -> bytes:
-    # ASCII escapes: YAML 1.1 readers refuse some characters that JSON may carry raw.
-    return json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
+    # What YAML and JSON both read the same: YAML folds some characters that JSON carries raw (U+0085, U+2028), and knows
+    # no surrogate pairs, JSON's only escape for those above U+FFFF.
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return re.sub(r"[\x7f-\uffff]", lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"

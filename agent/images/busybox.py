@@ -21,10 +21,9 @@ _TAGGED = f"{REFERENCE}:latest"
 _LABEL = "muster.recipe.version"
 _USERLAND = ("busybox-static", "dropbear-bin")
 _CHANGES = (
-    'ENTRYPOINT ["/etc/muster/container"]',
+    'CMD ["/etc/muster/container"]',
     "EXPOSE 22 80",
     "ENV PATH=/bin",
-    "STOPSIGNAL SIGTERM",
     f"LABEL {_LABEL}={VERSION}",
 )
 
