@@ -11,7 +11,7 @@ export function verdictOf(vm) {
 
 export const VERDICTS = {
   ok: { icon: "check", word: "As desired" },
-  busy: { icon: "turning", word: "Being worked on" },
+  busy: { icon: "turning", word: "In progress" },
   waiting: { icon: "clock", word: "Waiting" },
   trouble: { icon: "warning", word: "Needs attention" },
   leaving: { icon: "leaving", word: "Going away" },
@@ -19,7 +19,7 @@ export const VERDICTS = {
 
 export const PHASES = {
   pending: { icon: "clock", word: "Waiting", tone: "waiting" },
-  progressing: { icon: "turning", word: "Being worked on", tone: "busy" },
+  progressing: { icon: "turning", word: "In progress", tone: "busy" },
   ready: { icon: "check", word: "Ready", tone: "ok" },
   degraded: { icon: "warning", word: "Needs attention", tone: "trouble" },
   stopped: { icon: "stopped", word: "Stopped", tone: "off" },

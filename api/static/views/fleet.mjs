@@ -40,7 +40,7 @@ function Figure() {
   return html`<section class="figure" aria-label="Convergence">
     <h1 tabindex="-1" id="top">
       <span class="count"><b>${counts.ok}</b><span class="of"><span class="unseen"> of </span><span aria-hidden="true">/</span>${total}</span></span>
-      <span class="caption">${total === 1 ? "machine" : "machines"} as desired</span>
+      <span class="caption">${total === 0 ? "nothing has been asked for" : `${total === 1 ? "machine" : "machines"} as desired`}</span>
     </h1>
     <${Bar} parts=${Object.entries(counts)} total=${total} />
     <div class="legend" role="group" aria-label="Show only">
@@ -67,8 +67,8 @@ function Facts() {
   const away = hosts.ids.value.length - online.length;
   return html`<section class="facts" aria-label="Fleet">
     <dl>
-      <div><dt>Hosts online</dt><dd><b>${online.length}</b> of ${hosts.ids.value.length}${away > 0 && html`<span class="sign tone-trouble"><${Icon} name="offline" />${away} offline</span>`}</dd></div>
-      <div><dt>Environments</dt><dd><b>${envs.ids.value.length}</b></dd></div>
+      <div><dt><a href="#/hosts">Hosts online</a></dt><dd><b>${online.length}</b> of ${hosts.ids.value.length}${away > 0 && html`<span class="sign tone-trouble"><${Icon} name="offline" />${away} offline</span>`}</dd></div>
+      <div><dt><a href="#/envs">Environments</a></dt><dd><b>${envs.ids.value.length}</b></dd></div>
       ${rows.map(([name, used, total, text]) => html`<div key=${name}><dt>${name}</dt><dd><span>${text}</span><${Bar} parts=${[[used > total ? "trouble" : "used", used]]} total=${total} /></dd></div>`)}
     </dl>
   </section>`;
@@ -77,7 +77,7 @@ function Facts() {
 function Hosts() {
   const sorted = [...hosts.all.value].sort((a, b) => (a.state === "offline" ? 0 : 1) - (b.state === "offline" ? 0 : 1) || byName(a.id, b.id));
   const some = allHosts.value ? sorted : sorted.slice(0, HOSTS_SHOWN);
-  return html`<section aria-labelledby="hosts">
+  return html`<section id="/hosts" aria-labelledby="hosts">
     <header class="section"><h2 id="hosts">Hosts</h2></header>
     ${!sorted.length && html`<p class="empty">No host yet. Register one: <code>muster host add ADDRESS:9100</code></p>`}
     <ul class="hosts">${some.map((host) => html`<${HostCard} key=${host.id} id=${host.id} />`)}</ul>
@@ -93,7 +93,7 @@ function Envs() {
     words.value = "";
     only.value = "";
   };
-  return html`<section aria-labelledby="envs">
+  return html`<section id="/envs" aria-labelledby="envs">
     <header class="section">
       <h2 id="envs">Environments</h2>
       <div class="filter">

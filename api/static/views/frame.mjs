@@ -29,7 +29,7 @@ function Stale() {
     <div>
       <p role="alert"><b>${last === null ? "No word from the controller" : "What you see may have changed"}</b> — ${why}.</p>
       <p>
-        ${last !== null && html`<span>Last word at ${new Date(last).toLocaleTimeString()}, ${span((here - last) / 1000)} ago. </span>`}
+        ${last !== null && html`<time datetime=${new Date(last).toISOString()} title=${new Date(last).toLocaleTimeString()}>Last word ${span((here - last) / 1000)} ago. </time>`}
         <span>${left > 0 ? `Trying again in ${span(left)}.` : "Trying again now."}</span>
       </p>
     </div>

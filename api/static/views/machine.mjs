@@ -12,11 +12,13 @@ const DESIRED = { running: "Running", stopped: "Stopped", absent: "Gone" };
 function DesiredActual({ vm, verdict }) {
   const wanted = say(STATES, vm.desired);
   const actual = say(STATES, vm.state);
+  // What a silent host runs is not known: its last report is no proof of the present.
+  const silent = hosts.get(vm.host_id)?.state === "offline";
   const wantedWord = Object.hasOwn(DESIRED, vm.desired) ? DESIRED[vm.desired] : wanted.word;
   return html`<div class="cell states">
     <span class="pair"><span class="label">Desired</span><${Sign} icon=${wanted.icon} word=${wantedWord} /></span>
     <${Icon} name="arrow" />
-    <span class="pair"><span class="label">Actual</span><${Sign} icon=${actual.icon} word=${actual.word} tone=${verdict} /></span>
+    <span class="pair"><span class="label">Actual</span><${Sign} icon=${actual.icon} word=${actual.word} tone=${verdict} />${silent && html`<span class="muted small">last known</span>`}</span>
   </div>`;
 }
 
@@ -81,8 +83,7 @@ export function Machine({ id, full, withEnv }) {
   const verdict = verdictOf(vm);
   return html`<li class="machine verdict-${verdict}">
     <div class="cell who">
-      <${Sign} ...${VERDICTS[verdict]} tone=${verdict} />
-      <h3><${Name} text=${vm.name} /></h3>
+      <div class="title-line"><h3><${Name} text=${vm.name} /></h3><${Sign} ...${VERDICTS[verdict]} tone=${verdict} /></div>
       <p class="muted">
         ${withEnv && html`<a href=${href("env", vm.env_id)}><${Name} text=${vm.env_id} /></a> · `}${vm.engine} · <${Name} text=${vm.image} />
       </p>
