@@ -108,7 +108,7 @@ def user_data(machine: Machine) -> bytes:
     message = MIMEMultipart(boundary="==muster-user-data==")
     message.attach(_part(config, "cloud-config"))
     part = _part(theirs, kind)
-    if kind == "cloud-config":
+    if kind in ("cloud-config", "jinja2"):
         part["Merge-Type"] = _MERGE
     message.attach(part)
     return message.as_bytes()

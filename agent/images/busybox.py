@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from agent.errors import AgentError, CommandFailed
+from agent.images.files import workspace
 from agent.images.packages import Progress, fetch, unpack, versions, with_dependencies
 from agent.images.recipe import BuiltImage, Recipe, check_architecture, now, read_sidecar, write_sidecar
 from agent.images.tree import Tree
@@ -32,13 +32,13 @@ async def make(image_dir: Path, cache: Path, docker: Sequence[str], progress: Pr
     """Imports the image into the daemon (or podman's store) that `docker` talks to. Raises AgentError, CommandFailed."""
     await check_architecture()
     archives = await fetch(await with_dependencies(_USERLAND), cache, progress)
-    with tempfile.TemporaryDirectory(prefix="busybox-", dir=cache) as folder:
+    async with workspace(cache, NAME) as work:
         progress("unpacking packages")
-        await unpack(archives, Path(folder) / "root")
+        await unpack(archives, work / "root")
         tree = Tree()
-        await add_userland(tree, Path(folder) / "root", ("usr/sbin/dropbear", "usr/bin/dropbearkey"))
+        await add_userland(tree, work / "root", ("usr/sbin/dropbear", "usr/bin/dropbearkey"))
         tree.file("etc/muster/container", guest_file("container"), 0o755)
-        archive = Path(folder) / "busybox.tar"
+        archive = work / "busybox.tar"
         archive.write_bytes(tree.tar())
         progress(f"importing {_TAGGED}")
         changes = [word for change in _CHANGES for word in ("--change", change)]

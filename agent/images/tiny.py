@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import struct
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from agent.errors import AgentError
-from agent.images.files import replacing, sha256
+from agent.images.files import replacing, sha256, workspace
 from agent.images.modules import Modules
 from agent.images.packages import Progress, dependencies, fetch, find, tool, unpack, versions, with_dependencies
 from agent.images.recipe import BuiltImage, Recipe, check_architecture, current_file, now, write_sidecar
@@ -55,8 +54,7 @@ async def make(image_dir: Path, cache: Path, docker: Sequence[str], progress: Pr
     kernel = next((name for name in await dependencies(_KERNEL) if name.startswith("linux-image-")), _KERNEL)
     userland = await with_dependencies(_USERLAND)
     archives = await fetch((kernel, *userland, *_BOOT_TOOLS), cache, progress)
-    with tempfile.TemporaryDirectory(prefix="tiny-", dir=cache) as folder:
-        work = Path(folder)
+    async with workspace(cache, "tiny") as work:
         progress("unpacking packages")
         await unpack(archives[:1], work / "kernel")
         await unpack(archives[1:], work / "root")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from agent import accel
 from agent.engines.qemu import QemuEngine
+from agent.images.catalogue import find_image, inspect
 from agent.machine import Lease, Machine, Nic, Stopped, mac_of
 from agent.run import run
 from agent.seed import user_data
@@ -107,6 +109,17 @@ async def guest(tmp_path: Path, tiny: Path, ssh_key: SshKey) -> AsyncIterator[Gu
     yield made
     await made.engine.destroy(VmId("vm-1"), tmp_path / "vm-1")
     await made.engine.close()
+
+
+async def test_the_image_is_small_stands_alone_and_fits_the_smallest_disk(tiny: Path) -> None:  # noqa: F811
+    facts = await inspect(tiny)
+    assert (facts.format, facts.virtual_size) == ("qcow2", 64 * 1024 * 1024)
+    assert (await asyncio.to_thread(tiny.stat)).st_size < 64 * 1024 * 1024
+    assert find_image(tiny.parent, "tiny") is not None
+
+
+async def test_a_guest_without_seed_and_network_is_ready_too(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert await accel.boots(tiny, "tcg", binary="qemu-system-x86_64", work_dir=tmp_path / "work", limit=90)
 
 
 async def test_the_guest_is_what_its_seed_says(guest: Guest) -> None:

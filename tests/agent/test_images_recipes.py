@@ -17,7 +17,7 @@ import pytest
 from agent.errors import AgentError, CommandFailed
 from agent.images import RECIPES, BuiltImage, Recipe, build
 from agent.images import recipe as recipe_module
-from agent.images.files import locked, replacing, sha256
+from agent.images.files import locked, replacing, sha256, workspace
 from agent.images.modules import Modules
 from agent.images.packages import Progress
 from agent.images.recipe import current_file, write_sidecar
@@ -146,6 +146,16 @@ async def test_a_lock_is_free_again_after_a_failure(tmp_path: Path) -> None:
             raise RuntimeError
     async with asyncio.timeout(10), locked(tmp_path / "lock"):
         pass
+
+
+async def test_a_workspace_is_empty_at_first_and_gone_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "work" / "toy" / "of-a-killed-build").mkdir(parents=True)
+    with pytest.raises(RuntimeError):
+        async with workspace(tmp_path, "toy") as folder:
+            assert listing(folder) == []
+            (folder / "half").touch()
+            raise RuntimeError
+    assert listing(tmp_path / "work") == []
 
 
 def module(folder: Path, name: str, depends: str, *, packed: bool = False) -> None:
