@@ -67,6 +67,7 @@ class Servers:
             *("--data-dir", site.data, "--runtime-dir", site.vms, "--image-dir", site.images),
             *("--engines", "qemu,docker" if site.docker else "qemu"),
             *("--bridge", site.bridge, "--subnet", site.subnet),
+            *("--cpu-total", str(max(2, os.cpu_count() or 1))),  # the example asks for two, on the smallest machine too
         ]
         # Killed outright, this process could not end its servers: then the kernel tells them. In a session of their own they
         # do not hear Ctrl-C, for the environments must go first.
