@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tornado.web import Application
 
-from agent import handlers, http
+from agent import handlers
 from agent.handlers import Services, explain
+from specs import http
 
 
 def make_app(services: Services, access: http.Access) -> Application:

@@ -11,9 +11,9 @@ import orjson
 from agent.entry import Caller
 from agent.errors import AgentError
 from agent.host import HostFacts
-from agent.http import Failure, Handler
 from agent.runtime import Outcome, Runtime
 from agent.watch import MAX_WAIT
+from specs.http import Failure, Handler
 from specs.names import ClusterId, check_name
 from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentVm, CreateVmReq
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from agent.engines.qemu import QemuEngine
 from agent.errors import AgentError
 from agent.handlers import Services
 from agent.host import HostFacts
-from agent.http import Access, Listen, Server
 from agent.machine import Unusable
 from agent.network import pick
 from agent.records import RecordStore, io_error
@@ -30,6 +27,8 @@ from agent.runtime import Drivers, Runtime
 from agent.settings import AgentSettings
 from agent.storage.base import Storage
 from agent.storage.file import FileStorage
+from specs.http import Access, Listen, Server
+from specs.logs import set_up_logs
 from specs.names import Engine as EngineKind
 from specs.names import Storage as StorageKind
 
@@ -41,6 +40,7 @@ async def serve(settings: AgentSettings, *, ready: Callable[[str], None] = lambd
 
     `ready` is called with the base URL once requests are answered. Raises AgentError if it cannot start.
     """
+    set_up_logs()
     agent = Agent(settings)
     await agent.start()
     try:
@@ -227,41 +227,3 @@ async def _until_signalled() -> None:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-def configure_logging(*, verbose: bool = False) -> None:
-    """Sends every log, libraries' too, to standard error: for people on a terminal, else one JSON object a line."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
-        if sys.stderr.isatty()
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
-        )
-    )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(logging.DEBUG if verbose else logging.INFO)
-    for noisy in ("sh", "asyncio", "httpx", "httpcore", "qemu.qmp", "pyroute2", "tornado.access"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.processors.StackInfoRenderer(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import sh
@@ -14,6 +15,8 @@ import sh
 from agent.errors import CommandFailed
 
 DEFAULT_LIMIT = 60.0  # seconds
+# Threads of its own: many slow commands must not keep the default pool from syncing records to disk.
+_waiters = ThreadPoolExecutor(max_workers=64, thread_name_prefix="command")
 
 
 async def run(
@@ -35,8 +38,8 @@ async def run(
         raise CommandFailed(words, status=None, stderr="", why="is not installed or not on PATH") from None
     process = command(
         *words[1:],
-        _async=True,
-        _return_cmd=True,
+        _bg=True,
+        _bg_exc=False,
         _tty_in=False,
         _tty_out=False,
         _in=stdin if stdin is not None else b"",
@@ -46,7 +49,8 @@ async def run(
     )
     try:
         async with asyncio.timeout(limit):
-            await process
+            # Awaiting the command itself costs a whole second whenever its output ends before it can be reaped.
+            await asyncio.get_running_loop().run_in_executor(_waiters, process.wait)
     except sh.ErrorReturnCode as error:
         text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
         raise CommandFailed(words, status=error.exit_code, stderr=text) from None

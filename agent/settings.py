@@ -12,9 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from agent.errors import AgentError
-from agent.http import Listen
 from agent.network.pool import DEFAULT_PORT_RANGE, DEFAULT_SUBNET
 from specs.desired import Label
+from specs.http import Listen
 from specs.names import EngineName, Name, Storage, StorageName
 
 _ROOT_DATA = Path("/var/lib/muster")

@@ -74,7 +74,7 @@ class ControllerApp:
         """Ends serving and reconciling; what runs on the hosts goes on."""
         self.server.stop()
         await self.controller.stop()
-        await self.server.close_all_connections()
+        await self.server.drain()
 
 
 async def serve(settings: ControllerSettings, *, ready: Callable[[str], None] = lambda _: None) -> None:

@@ -6,6 +6,7 @@ Knows tornado and pydantic, nothing of agents or VMs. Every answer under `/api/`
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import http.client
 import ipaddress
@@ -14,6 +15,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
+from weakref import WeakSet
 
 import orjson
 import structlog
@@ -21,7 +23,6 @@ from pydantic import BaseModel, ValidationError
 from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream
-from tornado.netutil import bind_sockets
 from tornado.web import Application, Finish, HTTPError, RequestHandler, stream_request_body
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,7 @@ _MAX_DRAIN = 8 * 1024 * 1024  # bytes read and thrown away so that the client ge
 _MAX_HEADERS = 32 * 1024
 _TIMEOUT = 10.0  # seconds for the headers of a request (idle time included), and again for its body
 _MAX_CONNECTIONS = 2048
+_FAREWELL = 0.5  # seconds for requests under way when the server ends
 _SHOWN_ERRORS = 20
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _NOTHING = object()
@@ -140,21 +142,32 @@ class Server(HTTPServer):
     """An HTTP server with the caps and time-outs above. `url` is where it can be reached once `open` has returned."""
 
     url: str
+    busy: WeakSet[RequestHandler]
 
     @classmethod
     def of(cls, app: Application) -> Server:
         """A server for `app` that does not listen yet."""
-        return cls(
+        server = cls(
             app,
             idle_connection_timeout=_TIMEOUT,
             body_timeout=_TIMEOUT,
             max_header_size=_MAX_HEADERS,
             max_body_size=_MAX_DRAIN,
         )
+        server.busy = app.settings["busy"]
+        return server
+
+    async def drain(self) -> None:
+        """Stops to listen, gives requests under way a moment to be answered, then closes every connection."""
+        self.stop()
+        deadline = asyncio.get_running_loop().time() + _FAREWELL
+        while self.busy and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 once per process, and bounded
+            await asyncio.sleep(0.005)
+        await self.close_all_connections()
 
     def open(self, listen: Listen) -> None:
         """Begins to serve. Raises OSError if the address cannot be had."""
-        sockets = bind_sockets(listen.port, listen.host, family=socket.AF_UNSPEC, backlog=1024)
+        sockets = _bind(listen)
         port = sockets[0].getsockname()[1]
         self.url = f"http://[{listen.host}]:{port}" if ":" in listen.host else f"http://{listen.host}:{port}"
         self.add_sockets(sockets)
@@ -168,6 +181,23 @@ class Server(HTTPServer):
         super().handle_stream(stream, address)
 
 
+def _bind(listen: Listen) -> list[socket.socket]:
+    """One listening socket for each address the name stands for, all on one port; none stays open if one fails."""
+    sockets: list[socket.socket] = []
+    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, address in dict.fromkeys((family, address[0]) for family, _, _, _, address in found):
+            port = sockets[0].getsockname()[1] if sockets else listen.port
+            made = socket.create_server((str(address), port), family=family, backlog=1024)
+            made.setblocking(False)
+            sockets.append(made)
+    except OSError:
+        for made in sockets:
+            made.close()
+        raise
+    return sockets
+
+
 def application(routes: list[Any], *, access: Access, explain: Explain, **settings: Any) -> Application:
     """A tornado application whose unknown paths answer in the envelope too."""
     return Application(
@@ -175,6 +205,7 @@ def application(routes: list[Any], *, access: Access, explain: Explain, **settin
         default_handler_class=Unknown,
         access=access,
         explain=explain,
+        busy=WeakSet(),
         log_function=_log_request,
         cross_origin_protection=True,
         **settings,
@@ -203,7 +234,12 @@ class Handler(RequestHandler):
         """Called by tornado for every request."""
         self._refusal: Failure | None = None
         self._received = 0
+        self.settings["busy"].add(self)
         self.raw = bytearray()
+
+    def on_finish(self) -> None:
+        """Called by tornado once the answer is on its way."""
+        self.settings["busy"].discard(self)
 
     def set_default_headers(self) -> None:
         """Nothing we answer is to be interpreted as anything else."""

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from agent.http import MAX_BODY, Access, Failure, Listen
+from specs.http import MAX_BODY, Access, Failure, Listen
 from agent.main import Agent
 from tests.agent.runtime_rig import KEY, Rig, request, until
 from tests.agent.test_agent_api import BODY, Served, settings
