@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -107,7 +108,13 @@ class _Up:
 
     def _register(self) -> str:
         with self._client() as client:
-            host = client.add_host(HostSpec(addr=self._agent.part.url.removeprefix("http://")))
+            try:
+                host = client.add_host(HostSpec(addr=self._agent.part.url.removeprefix("http://")))
+            except ApiError as error:
+                before = re.search(r"another address, (\S+)", str(error))
+                if error.status != 409 or not before:
+                    raise
+                raise Failure(f"{error}; start it there again with --agent-listen {before[1]}") from None
             return f"{host.id} ({host.state})"
 
     async def _until_stopped(self) -> None:
