@@ -67,6 +67,8 @@ def explain(detail: ErrorDetails, model: type[BaseModel], body: Mapping) -> tupl
 def _of_field(loc: Path, message: str, body: Mapping) -> tuple[Path, str]:
     """A sentence about a whole model that begins with a field's name belongs to that field."""
     first, _, rest = message.partition(" ")
+    if loc and first == loc[-1]:
+        return loc, rest
     known = {*VmSpec.model_fields, *EnvSpec.model_fields, *HostSpec.model_fields}
     about_field = isinstance(locate(body, loc)[2], Mapping) and first in known
     return ((*loc, first), rest) if about_field else (loc, message)
