@@ -172,8 +172,9 @@ class _Live(_Silent):
 
         vms = [vm for name in self._names for vm in self._fleet.vms_of(name)]
         done = sum(_is_settled(vm) for vm in vms)
-        title = f"{done} of {len(vms)} as desired, {time.monotonic() - self._began:.1f} s"
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        figure = f"{done} of {len(vms)} as desired" if vms else "no VM left"
+        title = f"{figure}, {time.monotonic() - self._began:.1f} s"
+        table = Table(box=None, pad_edge=False, show_header=bool(vms), title=title, title_justify="left", title_style="bold")
         for column in ("", "VM", "STATE", "HOST", "MESSAGE"):
             table.add_column(column, overflow="fold")
         for vm in vms:
