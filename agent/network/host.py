@@ -23,7 +23,8 @@ _REPLY_LIMIT = 2.0  # seconds
 def port_can_be_bound(port: int, addresses: Iterable[str]) -> bool:
     """Whether no service of this host listens on TCP `port` at any of these IPv4 addresses, by really binding it.
 
-    0.0.0.0 also finds listeners on a single address and on dual-stack [::]. Closed connections in TIME_WAIT do not count.
+    0.0.0.0 also finds listeners on a single address and on dual-stack [::]. Connections in TIME_WAIT of a service that set
+    SO_REUSEADDR, as servers do, do not count.
     """
     for address in addresses:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

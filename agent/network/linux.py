@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Mapping
 from hashlib import sha256
 from ipaddress import IPv4Interface, IPv4Network
@@ -58,6 +59,8 @@ class BridgeNetwork:
         self._applying = asyncio.Lock()
         self._applied: tuple[str, int] | None = None
         self._bridge_is_new = False
+        self._placed: frozenset[str] = frozenset()
+        """Links known to be on some bridge, and on ours with hairpin: with hundreds, listing them again takes a second."""
         self._foreign_ports: frozenset[int] = frozenset()
 
     @property
@@ -104,32 +107,44 @@ class BridgeNetwork:
         Raises Conflict when the bridge or the subnet is somebody else's.
         """
         async with self._setting_up, open_links() as links:
-            await self._refuse_what_is_not_ours(links)
-            self._bridge_is_new |= await links.find(self.bridge) is None
+            found = await links.find(self.bridge)
+            if found is None:
+                self._bridge_is_new, self._placed = True, frozenset()
+            await self._refuse_addresses(links, found)
+            placed = [link for link in await self._new_links(links) if link.master]
+            if found is not None:
+                self._refuse_bridge(found, [link for link in placed if link.master == found.index])
             bridge = await links.ensure_bridge(self.bridge, self._site.mac)
             await links.ensure_address(bridge, IPv4Interface((self.gateway, self.subnet.prefixlen)))
             self._set_switches()
-            for port in await links.ports(bridge):
-                if not port.hairpin or not port.up:
+            for port in placed:
+                if port.master == bridge.index:
                     await links.ensure_port(port, bridge)
+            self._placed |= {link.name for link in placed}
             if self._docker_user:
                 await iptables.accept_bridge(self.bridge)
             await self._learn_foreign_ports()
 
-    async def _refuse_what_is_not_ours(self, links: Links) -> None:
-        link = await links.find(self.bridge)
-        index = link.index if link else 0
-        for at, address in await links.addresses():
-            if at == index and address != IPv4Interface((self.gateway, self.subnet.prefixlen)):
-                raise Conflict(f"bridge {self.bridge} has the address {address}; remove it or choose another --bridge")
-            if at != index and address.ip in self.subnet:
+    async def _new_links(self, links: Links) -> list[Link]:
+        """Links of this namespace that are not known to be on a bridge."""
+        names = frozenset(name for _, name in socket.if_nameindex())
+        self._placed &= names
+        found = [await links.find(name) for name in sorted(names - self._placed)]
+        return [link for link in found if link is not None]
+
+    async def _refuse_addresses(self, links: Links, bridge: Link | None) -> None:
+        for index, address in await links.addresses():
+            if bridge is not None and index == bridge.index:
+                if address != IPv4Interface((self.gateway, self.subnet.prefixlen)):
+                    raise Conflict(f"bridge {self.bridge} has the address {address}; remove it or choose another --bridge")
+            elif address.ip in self.subnet:
                 raise Conflict(f"{address.ip} of this host is inside {self.subnet}; choose another --subnet for the VMs")
-        if link is None:
-            return
+
+    def _refuse_bridge(self, link: Link, ports: list[Link]) -> None:
         if link.kind != "bridge":
             raise Conflict(f"link {self.bridge} is of kind {link.kind or 'hardware'}, not a bridge; choose another --bridge")
         # Docker may have made our bridge at boot, before this agent; a bridge with an uplink was made by the administrator.
-        uplinks = [port.name for port in await links.ports(link) if port.kind not in _PORT_KINDS]
+        uplinks = [port.name for port in ports if port.kind not in _PORT_KINDS]
         if uplinks:
             raise Conflict(f"bridge {self.bridge} carries {', '.join(uplinks)}; choose a --bridge of the agent's own")
 

@@ -24,6 +24,14 @@ HOST6, OTHER6 = "fd00:51::1", "fd00:51::2"
 WEB = 80
 UNHEARD = 0.3  # seconds a caller waits where nothing will answer
 
+SEEN = """table ip seen {
+    counter hits { }
+    chain input {
+        type filter hook input priority 0
+        tcp dport 80 counter name "hits"
+    }
+}"""
+
 
 @dataclass
 class Site:
@@ -200,11 +208,13 @@ async def test_a_guest_reaches_no_service_of_its_host_but_ping(site: Site, engin
     assert pings(guest, "10.91.0.1")
     source = str(lease.ip)
     _send_loopback_to_the_gateway(guest)
+    command("ip", "netns", "exec", guest, "nft", SEEN)
     tried |= {
         "loopback": call(guest, "127.0.0.1", 9200, source=source, patience=UNHEARD),
         "forward on loopback": call(guest, "127.0.0.1", lease.ports[WEB], source=source, patience=UNHEARD),
     }
     assert tried == dict.fromkeys(tried)
+    assert "packets 0" in command("ip", "netns", "exec", guest, "nft", "list", "counter", "ip", "seen", "hits")
     assert call(site.host, "127.0.0.1", 9200) == "controller 127.0.0.1"
 
 
@@ -262,15 +272,17 @@ async def test_what_a_vm_sends_under_another_address_or_mac_is_dropped(site: Sit
 async def test_a_vm_cannot_draw_another_ones_traffic_with_false_arp(site: Site) -> None:
     vm, vm_lease = await site.guest("vm", engine=Engine.QEMU)
     _, victim_lease = await site.guest("victim", engine=Engine.QEMU)
-    assert call(site.other, HOST, victim_lease.ports[WEB]) == f"victim {OTHER}"
+    for lease, name in ((vm_lease, "vm"), (victim_lease, "victim")):
+        assert call(site.other, HOST, lease.ports[WEB]) == f"{name} {OTHER}"
     claim_address(vm, "eth0", vm_lease.mac, vm_lease.mac, str(victim_lease.ip))
     claim_address(vm, "eth0", vm_lease.mac, victim_lease.mac, str(vm_lease.ip))
     claim_address(vm, "eth0", victim_lease.mac, vm_lease.mac, str(victim_lease.ip))
     claim_address(vm, "eth0", vm_lease.mac, vm_lease.mac, "10.91.0.1")
-    assert call(site.other, HOST, vm_lease.ports[WEB]) == f"vm {OTHER}"
+    claim_address(vm, "eth0", victim_lease.mac, victim_lease.mac, str(victim_lease.ip))
     believed = {line.split()[0]: line.split()[2] for line in command("ip", "neigh", "show", "dev", BRIDGE).splitlines()}
     assert believed == {str(vm_lease.ip): vm_lease.mac, str(victim_lease.ip): victim_lease.mac}
-    assert call(site.other, HOST, victim_lease.ports[WEB]) == f"victim {OTHER}"
+    for lease, name in ((vm_lease, "vm"), (victim_lease, "victim")):
+        assert call(site.other, HOST, lease.ports[WEB]) == f"{name} {OTHER}"
 
 
 async def test_a_vms_own_connection_to_another_host_is_not_caught_by_a_forward_of_that_port(site: Site) -> None:
