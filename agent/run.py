@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import sh
 
@@ -36,34 +38,56 @@ async def run(
         command = sh.Command(words[0])
     except sh.CommandNotFound:
         raise CommandFailed(words, status=None, stderr="", why="is not installed or not on PATH") from None
-    process = command(
-        *words[1:],
-        _bg=True,
-        _bg_exc=False,
-        _tty_in=False,
-        _tty_out=False,
-        _in=stdin if stdin is not None else b"",
-        _env={**os.environ, **env} if env else None,
-        _cwd=str(cwd) if cwd else None,
-        _new_session=True,
-    )
+    options = {
+        "_in": stdin if stdin is not None else b"",
+        "_env": {**os.environ, **env} if env else None,
+        "_cwd": str(cwd) if cwd else None,
+    }
+    child = _Child()
+    ended = asyncio.get_running_loop().run_in_executor(_waiters, child.run, command, words[1:], options)
     try:
         async with asyncio.timeout(limit):
-            # Awaiting the command itself costs a whole second whenever its output ends before it can be reaped.
-            await asyncio.get_running_loop().run_in_executor(_waiters, process.wait)
+            out = await ended
     except sh.ErrorReturnCode as error:
         text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
         raise CommandFailed(words, status=error.exit_code, stderr=text) from None
     except TimeoutError:
-        _kill(process)
+        child.kill()
         raise CommandFailed(words, status=None, stderr="", why=f"did not end within {limit:g} s and was killed") from None
     except asyncio.CancelledError:
-        _kill(process)
+        child.kill()
         raise
-    out: bytes = process.stdout
     return out.decode(errors="replace")
 
 
-def _kill(process: sh.RunningCommand) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+class _Child:
+    """One command in a thread of its own.
+
+    Started beside a running event loop, sh would wait a whole second whenever output ends before the command can be reaped,
+    and its threads would call into a loop that may be closed by then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: sh.RunningCommand | None = None
+        self._unwanted = False
+
+    def run(self, command: sh.Command, words: tuple[str, ...], options: dict[str, Any]) -> bytes:
+        """Starts the command and waits for its end; called in the thread."""
+        with self._lock:
+            if self._unwanted:
+                return b""
+            self._process = command(
+                *words, _bg=True, _bg_exc=False, _tty_in=False, _tty_out=False, _new_session=True, **options
+            )
+        self._process.wait()
+        out: bytes = self._process.stdout
+        return out
+
+    def kill(self) -> None:
+        """Ends the command and everything in its session, also if it has not started yet."""
+        with self._lock:
+            self._unwanted = True
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)

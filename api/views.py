@@ -131,7 +131,8 @@ class Views:
         if "degraded" in phases:
             return "degraded"
         if self.converged(env):
-            return "stopped" if env.power == "stopped" else "ready" if phases == {"ready"} else "degraded"
+            # A guest that powered itself off, with a restart policy that leaves it so, is as it should be.
+            return "stopped" if phases <= {"stopped"} else "ready"
         return "pending" if "pending" in phases else "progressing"
 
     def warnings(self, env: EnvIntent) -> list[str]:

@@ -1,11 +1,14 @@
 """Disks as qcow2 files: each a copy-on-write overlay of its base image, made in milliseconds on any filesystem.
 
-Called by the runtime. The overlay names its base by absolute path, so an image directory must stay where it is.
+Called by the runtime. The base is hard-linked into the VM's folder and the overlay stands on that link: an image that is
+built anew under the same name must not change the disks of VMs that were cloned from the old one. Where the image directory
+is on another filesystem there can be no such link, and the overlay names the image itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -21,6 +24,7 @@ MIB = 1024 * 1024
 DISK = "disk.qcow2"
 # A name of its own until the clone is whole: a half-made file is never taken for a disk.
 PARTIAL = ".disk.qcow2.new"
+BASE = "base"
 
 
 class FileStorage:
@@ -62,10 +66,14 @@ class FileStorage:
             raise ImageRefused(
                 f"image {image} is {needed} MiB large and does not fit a disk of {size_mib} MiB; ask for disk: {needed}"
             )
-        await self._clone(base.path.absolute(), base.format, folder, size_mib)
+        try:
+            backing = await asyncio.to_thread(_link_base, base.path.absolute(), folder / f"{BASE}.{base.format}")
+        except OSError as error:
+            raise AgentError(f"image {image} cannot be linked into {folder}: {error}") from error
+        await self._clone(backing, base.format, folder, size_mib)
         return disk
 
-    async def _clone(self, base: Path, base_format: str, folder: Path, size_mib: int) -> None:
+    async def _clone(self, base: Path | str, base_format: str, folder: Path, size_mib: int) -> None:
         partial = folder / PARTIAL
         try:
             partial.unlink(missing_ok=True)
@@ -84,7 +92,7 @@ class FileStorage:
 
     async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
         """Removes the overlay, whole or half-made; the base image stays."""
-        for name in (DISK, PARTIAL):
+        for name in (DISK, PARTIAL, f"{BASE}.qcow2", f"{BASE}.raw"):
             # Off the loop: freeing a large file takes seconds on some filesystems.
             await asyncio.to_thread((folder / name).unlink, missing_ok=True)
 
@@ -99,6 +107,18 @@ def _try_writing(folder: Path) -> None:
     trial = folder / f".trial-{os.getpid()}"
     trial.write_bytes(b"x")
     trial.unlink()
+
+
+def _link_base(image: Path, link: Path) -> Path | str:
+    """What the overlay is to name: the link, relative to the overlay, or the image where it cannot be linked."""
+    link.unlink(missing_ok=True)
+    try:
+        os.link(image, link)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            raise
+        return image
+    return link.name
 
 
 def _settle(partial: Path, final: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from agent.errors import CommandFailed, DoesNotFit, ImageMissing, ImageRefused
+from agent.errors import AgentError, DoesNotFit, ImageMissing, ImageRefused
 from agent.machine import Disk, Unusable
 from agent.run import run
 from agent.storage.base import Storage
@@ -65,11 +67,29 @@ async def storage_rig(tmp_path: Path) -> FileRig:
 class TestFileStorage(StorageContract):
     """All of the contract."""
 
-    async def test_an_overlay_names_its_base_and_the_bases_format_absolutely(self, storage_rig: FileRig) -> None:
+    async def test_an_overlay_names_its_own_link_to_the_base_and_the_bases_format(self, storage_rig: FileRig) -> None:
+        disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "other", 64)
+        facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", "qcow2", disk.path))
+        assert facts["backing-filename"] == "base.raw" and facts["backing-filename-format"] == "raw"
+        assert (storage_rig.image_dir / "other.raw").samefile(disk.path.with_name("base.raw"))
+
+    async def test_an_image_built_anew_does_not_change_the_disks_made_before(self, storage_rig: FileRig) -> None:
+        disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "other", 64)
+        anew = storage_rig.image_dir / ".other.new"
+        anew.write_bytes(b"changed".ljust(MIB, b"\0"))
+        anew.rename(storage_rig.image_dir / "other.raw")
+        assert await storage_rig.contents(disk) == ("other", 64)
+
+    async def test_an_image_on_another_filesystem_is_named_itself(
+        self, storage_rig: FileRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def across(*_: object) -> None:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", across)
         disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "other", 64)
         facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", "qcow2", disk.path))
         assert facts["backing-filename"] == str((storage_rig.image_dir / "other.raw").resolve())
-        assert facts["backing-filename-format"] == "raw"
 
     async def test_a_disk_takes_next_to_no_room(self, storage_rig: FileRig) -> None:
         disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "base", 1024 * 1024)
@@ -101,8 +121,8 @@ class TestFileStorage(StorageContract):
         finally:
             await run("umount", full)
 
-    async def test_a_folder_that_is_gone_is_a_failure_with_its_command(self, storage_rig: FileRig, tmp_path: Path) -> None:
-        with pytest.raises(CommandFailed, match="qemu-img create"):
+    async def test_a_folder_that_is_gone_is_a_failure_that_names_it(self, storage_rig: FileRig, tmp_path: Path) -> None:
+        with pytest.raises(AgentError, match="image base cannot be linked into .*/gone"):
             await storage_rig.new_storage().ensure_disk(VM, tmp_path / "gone", "base", 64)
 
     async def test_no_image_directory_is_no_images(self, storage_rig: FileRig, tmp_path: Path) -> None:
