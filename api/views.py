@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from reconciler.core.model import EnvIntent, VmIntent
 from reconciler.fleet import ACCEPTED, Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
@@ -211,5 +209,4 @@ def _state(vm: VmIntent, there: AgentVm | None) -> VmState:
     """The reference's five words: what the host last reported, else what is under way."""
     if there is not None:
         return "stopped" if there.state == "paused" and vm.desired == "stopped" else there.state
-    state: Literal["creating", "stopped"] = "stopped" if vm.desired == "stopped" else "creating"
-    return state
+    return "creating" if vm.desired == "running" else "stopped"
