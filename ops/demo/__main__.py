@@ -29,7 +29,7 @@ def main() -> int:
     words.add_argument("--once", action="store_true")
     words.add_argument("--without-docker", action="store_true")
     given = words.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs deaf to SIGINT
         signal.signal(number, signal.default_int_handler)
     began_docker = os.geteuid() == 0 and not given.without_docker
     try:
