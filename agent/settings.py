@@ -33,6 +33,16 @@ def _listed(value: object) -> object:
     return value
 
 
+def _labels(value: object) -> object:
+    """`zone=a,disk=ssd` as a dictionary."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("must be KEY=VALUE,KEY=VALUE")
+    return {key.strip(): text.strip() for key, _, text in pairs}
+
+
 def _words(value: object) -> object:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
@@ -63,7 +73,7 @@ class AgentSettings(BaseModel):
     storage: StorageName = Storage.FILE
     host_id: Name | None = None
     """Made from the host name and kept in `<data_dir>/host-id` if not given."""
-    labels: dict[Name, Label] = Field(default_factory=dict)
+    labels: Annotated[dict[Name, Label], BeforeValidator(_labels)] = Field(default_factory=dict)
 
     engines: Annotated[tuple[EngineName, ...], BeforeValidator(_listed)] = ()
     """Engines that must work, or the agent does not start; none given: all that work."""

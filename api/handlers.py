@@ -129,6 +129,16 @@ class HostItem(ApiHandler):
         self.reply()
 
 
+class HostCordon(ApiHandler):
+    """/api/hosts/{id}/cordon and …/uncordon"""
+
+    async def on_post(self, host_id: str, verb: str) -> None:
+        """Records whether new VMs may be placed there."""
+        self.no_body()
+        await self.controller.intents.set_cordon(host_id, verb == "cordon")
+        self.reply()
+
+
 class Envs(ApiHandler):
     """/api/envs"""
 
@@ -343,6 +353,7 @@ class _Hardened(StaticFileHandler):
 ROUTES: list[Any] = [
     (r"/api/hosts", Hosts),
     (r"/api/hosts/(?P<host_id>[^/]+)", HostItem),
+    (r"/api/hosts/(?P<host_id>[^/]+)/(?P<verb>cordon|uncordon)", HostCordon),
     (r"/api/envs", Envs),
     (r"/api/envs/(?P<env_id>[^/]+)", EnvItem),
     (r"/api/envs/(?P<env_id>[^/]+)/(?P<verb>stop|start)", EnvPower),

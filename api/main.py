@@ -52,7 +52,12 @@ class ControllerApp:
         self._access = Access(key.encode() if key else None, None if key else self._listen.allowed_hosts())
         agent_key = settings.agent_key or key
         watch = WatchSettings(heartbeat=settings.heartbeat)
-        self.controller = Controller(Database.at(settings.data_dir / "muster.db"), agent_key=agent_key, watch=watch)
+        self.controller = Controller(
+            Database.at(settings.data_dir / "muster.db"),
+            agent_key=agent_key,
+            watch=watch,
+            host_loss_grace=settings.host_loss_grace,
+        )
         fleet = self.controller.fleet
         views = Views(fleet, self.controller.clock)
         self.hub = Hub(fleet, views, self.controller.term)

@@ -33,6 +33,8 @@ class ControllerSettings:
     insecure_no_auth: bool = False
     heartbeat: float = 10.0
     """Seconds between an agent's signs of life; after three missed ones it is offline."""
+    host_loss_grace: float = 300.0
+    """Seconds a host must be offline before VMs with `on_host_loss: recreate` are made anew elsewhere."""
 
     def key(self) -> str | None:
         """The API key, from the setting or the file. Raises SettingsError."""

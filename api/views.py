@@ -169,6 +169,7 @@ class Views:
             engines=tuple(engine.value for engine in info.engines) if info else (),
             storage=info.storage if info else Storage.FILE,
             registered_at=host.intent.registered_at,
+            cordoned=host.intent.cordoned,
             heartbeat_age=None if host.heard_at is None else int(self._clock.monotonic() - host.heard_at),
             message="" if host.online else host.why,
         )

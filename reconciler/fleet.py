@@ -80,6 +80,7 @@ class HostState:
     online: bool = False
     why: str = "has not answered yet"
     heard_at: float | None = None
+    offline_since: float | None = None
     info: AgentInfo | None = None
     report: Report | None = None
     vms: dict[VmId, AgentVm] = field(default_factory=dict)
@@ -320,6 +321,7 @@ class Fleet:
         came_back = not host.online
         before = host.info
         host.online, host.why, host.heard_at, host.info = True, "", now, info
+        host.offline_since = None
         host.answered.set()
         if came_back:
             host.report = None
@@ -379,13 +381,15 @@ class Fleet:
         if intent:
             self.changed("env", intent.env_id)
 
-    def lost(self, addr: str, why: str) -> None:
+    def lost(self, addr: str, why: str, now: float) -> None:
         """The host is offline: nothing is known of its VMs until it reports again."""
         host = self.hosts.get(addr)
         if host is None:
             return
         was_online, changed = host.online, host.why != why
         host.online, host.why, host.report = False, why, None
+        if host.offline_since is None:
+            host.offline_since = now
         if was_online or changed:
             self.changed("host", host.shown_id)
         if was_online:

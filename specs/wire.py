@@ -135,6 +135,7 @@ class Host(Message):
     engines: tuple[str, ...]
     storage: Storage
     registered_at: int
+    cordoned: bool = False
     heartbeat_age: int | None = None
     message: str = ""
 

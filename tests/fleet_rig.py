@@ -85,6 +85,7 @@ class FleetRig:
     def __init__(self, folder: Path, hosts: int = 1, *, key: str | None = None, **size: int) -> None:
         self.folder = folder
         self.key = key
+        self.host_loss_grace = 300.0
         capacity = {"cpu": 64, "mem": 64_000, "disk": 640_000} | size
         self.hosts = [FakeHostMachine(f"host-{n}", folder / f"host-{n}", capacity) for n in range(hosts)]
         self.app: ControllerApp
@@ -118,7 +119,14 @@ class FleetRig:
         data = self.folder / "controller"
         data.mkdir(exist_ok=True)
         self.app = ControllerApp(
-            ControllerSettings(listen=self._listen, data_dir=data, api_key=self.key, agent_key=self.key, heartbeat=0.5)
+            ControllerSettings(
+                listen=self._listen,
+                data_dir=data,
+                api_key=self.key,
+                agent_key=self.key,
+                heartbeat=0.5,
+                host_loss_grace=self.host_loss_grace,
+            )
         )
         url = await self.app.start()
         self._listen = url.removeprefix("http://")

@@ -45,6 +45,7 @@ _agent_options = _options(
     _flag("--runtime-dir", "Folder with one folder a VM [DATA-DIR/vms].", type=_PATH),
     _flag("--storage", "How disks are kept: file (or raw), zvol (or zfs).", metavar="KIND"),
     _flag("--host-id", "Name of this host [made from its host name, then kept].", metavar="NAME"),
+    _flag("--labels", "Labels that VMs may ask for by host_labels, such as zone=a,disk=ssd.", metavar="KEY=VALUE,…"),
     _flag("--engines", "Engines that must work, such as qemu,docker [all that do].", metavar="LIST"),
     _flag("--network", "bridge needs root, user does not.", type=click.Choice(["auto", "bridge", "user"])),
     _flag("--accel", "How QEMU runs guests; auto proves KVM first.", type=click.Choice(["auto", "kvm", "tcg"])),
@@ -63,6 +64,12 @@ _agent_options = _options(
 @_flag("--listen", "Address of the API and the dashboard.", metavar="HOST:PORT", default="127.0.0.1:9200", show_default=True)
 @_server_options
 @_flag("--agent-key", "The key of the agents [the controller's own]; MUSTER_AGENT_KEY is safer.", metavar="KEY")
+@_flag(
+    "--host-loss-grace",
+    "Seconds a host must be offline before VMs with on_host_loss: recreate are made elsewhere [300].",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+)
 def controller(data_dir: Path | None, **given: Any) -> None:
     """Run the controller: the REST API, the dashboard and the reconcile loop."""
     from api.main import serve

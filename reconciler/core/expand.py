@@ -86,6 +86,18 @@ def expand(
     return EnvChange(tuple(put), tuple(plan), pending)
 
 
+def recreate(env: EnvIntent, lost: Iterable[VmIntent], new_id: Callable[[], VmId], now: int) -> tuple[VmIntent, ...]:
+    """What to write so that VMs on a host that is lost run elsewhere: each is retired and gets a successor of its name.
+
+    The successor has another uid, so a host that returns loses its stale copy instead of running a second one.
+    """
+    rows: list[VmIntent] = []
+    for vm in lost:
+        rows.append(replace(vm, desired="absent"))
+        rows.append(_new_vm(env, vm.name, vm.spec, vm.spec_hash, new_id, now))
+    return tuple(rows)
+
+
 def _resolve(env: EnvIntent) -> list[tuple[str, VmSpec, str]]:
     """Name, full specification and digest of every machine; the `count` machines of an entry share one value."""
     shared: dict[int, tuple[VmSpec, str]] = {}

@@ -15,13 +15,14 @@ from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Intents, make_vm_id
 from reconciler.loop.reconciler import Reconciler
-from reconciler.loop.timers import expire_forever, resync_forever
+from reconciler.loop.timers import expire_forever, recreate_forever, resync_forever
 from reconciler.loop.watchers import Watchers, WatchSettings
 from reconciler.store.database import Database
 from specs.names import HostId, VmId
 
 log = structlog.get_logger()
 
+HOST_LOSS_GRACE = 300.0  # seconds offline before `on_host_loss: recreate` takes effect
 REGISTER_WAIT = 2.0  # seconds a new host has to answer before it is registered as offline
 
 
@@ -34,6 +35,7 @@ class Controller:
         *,
         agent_key: str | None = None,
         watch: WatchSettings | None = None,
+        host_loss_grace: float = HOST_LOSS_GRACE,
         clock: Clock | None = None,
     ) -> None:
         clock = clock or Clock()
@@ -51,6 +53,7 @@ class Controller:
         self.reconciler = Reconciler(self.fleet, store, self.watchers.client, new_vm_id, clock)
         self.intents = Intents(self.fleet, store, self.reconciler, new_vm_id, clock)
         self._agent_key = agent_key
+        self._host_loss_grace = host_loss_grace
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -61,6 +64,7 @@ class Controller:
             self.watchers.add(addr)
         self._spawn(self.reconciler.run(), "reconciler")
         self._spawn(expire_forever(self.fleet, self.intents.delete_env, self.clock), "expiry")
+        self._spawn(recreate_forever(self.fleet, self.intents.recreate_lost, self.clock, self._host_loss_grace), "host loss")
         self._spawn(resync_forever(self.fleet, self.store, self.clock), "resync")
         for env_id in list(self.fleet.envs):
             await self.reconciler.resume(env_id)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import structlog
 
-from reconciler.core.expand import EnvChange, expand
+from reconciler.core.expand import EnvChange, expand, recreate
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
 from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
@@ -150,6 +150,23 @@ class Intents:
             changed = () if env.deleting else (replace(env, deleting=True),)
             vms = tuple(replace(vm, desired="absent") for vm in self._live(env.id))
             await self._commit(Change(envs=changed, vms=vms))
+
+    async def recreate_lost(self, env_id: EnvId, host_id: HostId) -> None:
+        """Records successors for the environment's VMs that a lost host keeps, if they are wanted to run."""
+        async with self._reconciler.env_locks[env_id]:
+            env = self._fleet.envs.get(env_id)
+            if env is None or env.deleting or env.spec.on_host_loss != "recreate":
+                return
+            lost = [vm for vm in self._live(env_id) if vm.host_id == host_id and vm.desired == "running"]
+            await self._commit(Change(vms=recreate(env, lost, self._new_vm_id, int(self._clock.wall()))))
+            for vm in lost:
+                log.warning("vm recreated elsewhere", vm=vm.id, name=vm.name, env=env_id, host=host_id)
+
+    async def set_cordon(self, host_id: str, cordoned: bool) -> None:
+        """Records whether new VMs may be placed on the host; those there stay. Raises NoSuch."""
+        host = self.host(host_id)
+        if host.intent.cordoned != cordoned:
+            await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned),)))
 
     async def extend(self, env_id: str, lifetime: int) -> EnvIntent:
         """Records that the environment lives `lifetime` seconds from now (NEVER: for good). Raises NoSuch, Clash."""

@@ -12,7 +12,7 @@ from reconciler.core.model import Change
 from reconciler.fleet import Fleet
 from reconciler.loop.clock import Clock
 from reconciler.store.database import Database, StoreUnavailable
-from specs.names import EnvId
+from specs.names import EnvId, HostId
 
 log = structlog.get_logger()
 
@@ -40,6 +40,24 @@ async def expire_forever(fleet: Fleet, delete_env: Callable[[EnvId], Awaitable[N
                 await delete_env(env_id)
             except StoreUnavailable as error:
                 log.warning("expiry waits for the store", env=env_id, error=str(error))
+
+
+async def recreate_forever(
+    fleet: Fleet, recreate_lost: Callable[[EnvId, HostId], Awaitable[None]], clock: Clock, grace: float
+) -> None:
+    """Once a host has been offline for `grace` seconds, has the VMs that ask for it made anew elsewhere."""
+    while True:
+        await asyncio.sleep(EXPIRY_EVERY)
+        now = clock.monotonic()
+        for host in list(fleet.hosts.values()):
+            if host.intent.id is None or host.offline_since is None or now - host.offline_since < grace:
+                continue
+            concerned = {vm.env_id for vm in fleet.host_vms(host.intent.id) if vm.desired == "running"}
+            for env_id in sorted(concerned):
+                try:
+                    await recreate_lost(env_id, host.intent.id)
+                except StoreUnavailable as error:
+                    log.warning("recreation waits for the store", env=env_id, error=str(error))
 
 
 async def resync_forever(fleet: Fleet, store: Database, clock: Clock) -> None:

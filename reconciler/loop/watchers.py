@@ -110,7 +110,7 @@ class Watchers:
         if not tolerated or not self._heard_within(addr, self._settings.heartbeat * self._settings.missed):
             if host.online:
                 log.warning("host offline", host=host.shown_id, addr=addr, error=str(error))
-            self._fleet.lost(addr, str(error))
+            self._fleet.lost(addr, str(error), self._clock.monotonic())
 
     async def _watch(self, addr: str, client: AgentClient) -> None:
         asked_at = await self._introduce(addr, client)
