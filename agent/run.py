@@ -17,8 +17,6 @@ import sh
 from agent.errors import CommandFailed
 
 DEFAULT_LIMIT = 60.0  # seconds
-# Threads of its own: many slow commands must not keep the default pool from syncing records to disk.
-_waiters = ThreadPoolExecutor(max_workers=64, thread_name_prefix="command")
 
 
 async def run(
@@ -44,7 +42,11 @@ async def run(
         "_cwd": str(cwd) if cwd else None,
     }
     child = _Child()
-    ended = asyncio.get_running_loop().run_in_executor(_waiters, child.run, command, words[1:], options)
+    # A new thread every time: it is in the same network namespace as its caller, which a pool's thread need not be, and many
+    # slow commands cannot keep others waiting.
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="command")
+    ended = asyncio.get_running_loop().run_in_executor(thread, child.run, command, words[1:], options)
+    thread.shutdown(wait=False)
     try:
         async with asyncio.timeout(limit):
             out = await ended
