@@ -29,7 +29,7 @@ async def test_input_environment_and_folder_reach_the_command(tmp_path: Path) ->
 
 
 async def test_a_failure_says_what_was_run_and_what_it_said() -> None:
-    with pytest.raises(CommandFailed, match="`ls /nowhere` exited with 2: .*No such file") as failure:
+    with pytest.raises(CommandFailed, match=r"`ls /nowhere` exited with 2: .*No such file") as failure:
         await run("ls", "/nowhere", env={"LC_ALL": "C"})
     assert failure.value.exit_status == 2
     with pytest.raises(CommandFailed, match="`no-such-command` is not installed or not on PATH"):
