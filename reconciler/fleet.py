@@ -128,7 +128,7 @@ class Fleet:
         self.hosts: dict[str, HostState] = {}  # by address
         self.status: dict[VmId, VmStatus] = {}
         self._env_vms: defaultdict[EnvId, dict[VmId, None]] = defaultdict(dict)
-        self._host_vms: defaultdict[HostId, set[VmId]] = defaultdict(set)
+        self._host_vms: defaultdict[HostId, dict[VmId, None]] = defaultdict(dict)  # ordered: the same run twice
         self._host_addr: dict[HostId, str] = {}
         self._unplaced: dict[VmId, None] = {}
         self._load: defaultdict[HostId, Load] = defaultdict(Load)
@@ -190,14 +190,14 @@ class Fleet:
             self._unplaced.pop(vm.id, None)
             self.status.pop(vm.id, None)
             if vm.host_id:
-                self._host_vms[vm.host_id].discard(vm.id)
+                self._host_vms[vm.host_id].pop(vm.id, None)
                 self.wake_unplaced()
         else:
             self._count(vm, 1)
             self._env_vms[vm.env_id][vm.id] = None
             self.status.setdefault(vm.id, VmStatus())
             if vm.host_id:
-                self._host_vms[vm.host_id].add(vm.id)
+                self._host_vms[vm.host_id][vm.id] = None
                 self._unplaced.pop(vm.id, None)
             else:
                 self._unplaced[vm.id] = None
@@ -349,7 +349,7 @@ class Fleet:
         fresh = {vm_id: vm for vm_id, vm in report.vms.items() if vm_id not in held}
         fresh.update((vm_id, host.vms[vm_id]) for vm_id in held if vm_id in host.vms)
         look = [vm_id for vm_id in host.touched if vm_id not in held]
-        look += [vm_id for vm_id in host.vms.keys() | fresh.keys() if host.vms.get(vm_id) != fresh.get(vm_id)]
+        look += [vm_id for vm_id in {**host.vms, **fresh} if host.vms.get(vm_id) != fresh.get(vm_id)]
         if last is None or last.complete != report.complete or last.boot_id != report.boot_id:
             bound = [vm.id for vm in self.host_vms(HostId(host.shown_id))]
             look += bound
@@ -366,10 +366,13 @@ class Fleet:
     def observe_reply(self, addr: str, vm_id: VmId, vm: AgentVm | None, boot_id: str, seq: int) -> None:
         """Takes over the outcome of a call: the VM as the reply shows it, or None where the reply shows none.
 
-        Reports older than this moment say nothing about the VM any more.
+        Reports older than this moment say nothing about the VM any more. A reply that was long under way says nothing if a
+        report already in hand is as new: taken over, it would bring back a state that has passed.
         """
         host = self.hosts.get(addr)
         if host is None:
+            return
+        if host.report is not None and boot_id and host.report.boot_id == boot_id and host.report.seq >= seq:
             return
         host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
         if vm is not None:
@@ -403,6 +406,11 @@ class Fleet:
                 self.wake(vm_id)
                 self.changed("vm", vm_id)
                 self.changed("env", intent.env_id)
+
+    @property
+    def has_unplaced(self) -> bool:
+        """Whether some VM waits for a host."""
+        return bool(self._unplaced)
 
     def wake_unplaced(self) -> None:
         """Room, images or hosts may have come: everything without a host is looked at again."""

@@ -24,7 +24,12 @@ class WatchSettings:
     """Times in seconds."""
 
     heartbeat: float = 10.0
-    """How long a long poll is held, and how often the agent's own facts are asked again."""
+    """How long a long poll is held: an agent that answers within it is alive."""
+    facts: float = 3.0
+    """Heartbeats after which the agent's own facts are asked again; every heartbeat while some VM waits for a host.
+
+    Listing images costs the agent a container command.
+    """
     missed: int = 3
     """Heartbeats without any answer after which a host is offline."""
     poll: float = 2.0
@@ -128,7 +133,8 @@ class Watchers:
             after = f"{listing.boot_id}:{listing.seq}" if listing.boot_id else ""
             if not after:
                 await asyncio.sleep(self._settings.poll)
-            if now - asked_at >= self._settings.heartbeat:
+            patience = self._settings.heartbeat * (1 if self._fleet.has_unplaced else self._settings.facts)
+            if now - asked_at >= patience:
                 asked_at = await self._introduce(addr, client)
 
     async def _introduce(self, addr: str, client: AgentClient) -> float:

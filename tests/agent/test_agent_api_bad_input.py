@@ -13,8 +13,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from specs.http import MAX_BODY, Access, Failure, Listen
 from agent.main import Agent
+from specs.http import MAX_BODY, Access, Failure, Listen
 from tests.agent.runtime_rig import KEY, Rig, request, until
 from tests.agent.test_agent_api import BODY, Served, settings
 

@@ -156,7 +156,7 @@ async def test_a_container_gets_its_limits_and_no_more_privileges_than_servers_n
 async def test_user_network_publishes_every_leased_port(docker: DockerDaemon, engine: DockerEngine, tmp_path: Path) -> None:
     machine = make_machine(tmp_path, "vm-1", ports={80: 20080, 22: 20022})
     await run_machine(engine, machine)
-    assert docker("port", "muster-vm-1").splitlines() == ["22/tcp -> 127.0.0.1:20022", "80/tcp -> 127.0.0.1:20080"]
+    assert sorted(docker("port", "muster-vm-1").splitlines()) == ["22/tcp -> 127.0.0.1:20022", "80/tcp -> 127.0.0.1:20080"]
     assert docker.get("http://127.0.0.1:20080/") == "vm-1"
 
 

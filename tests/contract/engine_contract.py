@@ -97,7 +97,7 @@ class EngineRig(abc.ABC):
 
     def remains(self, machine: Machine) -> list[str]:
         """Whatever of the engine's own still stands in the VM's folder."""
-        kept = {machine.disk.path.name} if machine.disk else set()
+        kept = {machine.disk.path.name, "base.qcow2", "base.raw"} if machine.disk else set()
         return sorted(path.name for path in machine.folder.iterdir() if path.name not in kept)
 
     def machine(self, vm_id: str, folder: Path, *, engine: str) -> Machine:

@@ -122,7 +122,7 @@ class TestFileStorage(StorageContract):
             await run("umount", full)
 
     async def test_a_folder_that_is_gone_is_a_failure_that_names_it(self, storage_rig: FileRig, tmp_path: Path) -> None:
-        with pytest.raises(AgentError, match="image base cannot be linked into .*/gone"):
+        with pytest.raises(AgentError, match=r"image base cannot be linked into .*/gone"):
             await storage_rig.new_storage().ensure_disk(VM, tmp_path / "gone", "base", 64)
 
     async def test_no_image_directory_is_no_images(self, storage_rig: FileRig, tmp_path: Path) -> None:
