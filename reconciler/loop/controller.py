@@ -63,7 +63,7 @@ class Controller:
         for addr in self.fleet.hosts:
             self.watchers.add(addr)
         self._spawn(self.reconciler.run(), "reconciler")
-        self._spawn(expire_forever(self.fleet, self.intents.delete_env, self.clock), "expiry")
+        self._spawn(expire_forever(self.fleet, self.intents.expire_env, self.clock), "expiry")
         self._spawn(recreate_forever(self.fleet, self.intents.recreate_lost, self.clock, self._host_loss_grace), "host loss")
         self._spawn(resync_forever(self.fleet, self.store, self.clock), "resync")
         for env_id in list(self.fleet.envs):
@@ -71,7 +71,9 @@ class Controller:
         log.info("controller started", cluster=self.fleet.cluster, term=self.term, envs=len(self.fleet.envs))
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._tasks.append(asyncio.create_task(work, name=name))
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(_note_end)
+        self._tasks.append(task)
 
     async def stop(self) -> None:
         """Ends everything; what runs on the hosts goes on."""
@@ -110,3 +112,8 @@ class Controller:
         """Unregisters a host and ends its watcher. Raises what Intents.remove_host does."""
         addr = await self.intents.remove_host(host_id)
         await self.watchers.remove(addr)
+
+
+def _note_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("background work has ended and stays so until a restart", task=task.get_name(), exc_info=error)

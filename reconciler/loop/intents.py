@@ -10,6 +10,7 @@ from typing import Literal
 import structlog
 
 from reconciler.core.expand import EnvChange, expand, recreate
+from reconciler.core.expiry import expired
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
 from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
@@ -167,6 +168,16 @@ class Intents:
         host = self.host(host_id)
         if host.intent.cordoned != cordoned:
             await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned),)))
+
+    async def expire_env(self, env_id: str) -> None:
+        """Deletes the environment unless its lifetime has been changed, or it has gone, while this waited for its turn."""
+        async with self._reconciler.env_locks[EnvId(env_id)]:
+            env = self._fleet.envs.get(EnvId(env_id))
+            if env is None or not expired((env,), int(self._clock.wall())):
+                return
+            vms = tuple(replace(vm, desired="absent") for vm in self._live(env.id))
+            await self._commit(Change(envs=(replace(env, deleting=True),), vms=vms))
+            log.info("environment expired", env=env_id)
 
     async def extend(self, env_id: str, lifetime: int) -> EnvIntent:
         """Records that the environment lives `lifetime` seconds from now (NEVER: for good). Raises NoSuch, Clash."""

@@ -21,8 +21,8 @@ RESYNC_EVERY = 300.0
 TOMBSTONES_KEPT = 86400  # seconds; a create may be that late
 
 
-async def expire_forever(fleet: Fleet, delete_env: Callable[[EnvId], Awaitable[None]], clock: Clock) -> None:
-    """Deletes environments whose lifetime is over; pauses for one resync when the wall clock jumps ahead."""
+async def expire_forever(fleet: Fleet, expire_env: Callable[[EnvId], Awaitable[None]], clock: Clock) -> None:
+    """Has environments deleted whose lifetime is over; pauses for one resync when the wall clock jumps ahead."""
     wall, monotonic = clock.wall(), clock.monotonic()
     paused_until = 0.0
     while True:
@@ -35,9 +35,8 @@ async def expire_forever(fleet: Fleet, delete_env: Callable[[EnvId], Awaitable[N
         if monotonic < paused_until:
             continue
         for env_id in expired(fleet.envs.values(), int(wall)):
-            log.info("environment expired", env=env_id)
             try:
-                await delete_env(env_id)
+                await expire_env(env_id)
             except StoreUnavailable as error:
                 log.warning("expiry waits for the store", env=env_id, error=str(error))
 
