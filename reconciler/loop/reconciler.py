@@ -198,7 +198,7 @@ class Reconciler:
         now = self._clock.monotonic()
         since = status.settled_at if status.settled and status.phase == step.phase else now
         retry = status.retry
-        if retry.attempts and now - since >= STABLE_AFTER:
+        if retry.attempts and now >= since + STABLE_AFTER:  # the very sum the timer gets: a rounded difference would spin
             retry = Retry()
         elif retry.attempts:
             self.queue.add_at(intent.id, since + STABLE_AFTER)
