@@ -7,7 +7,7 @@ should be looked at go to `wake`, objects whose visible state may differ go to `
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -30,6 +30,7 @@ from specs.wire import AgentInfo, AgentVm, Phase
 
 Kind = Literal["env", "host", "vm"]
 ACCEPTED = "accepted"
+BOOTS_REMEMBERED = 16  # agent processes remembered a host; a reply older than that is long past every time limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,17 @@ class HostState:
     report: Report | None = None
     vms: dict[VmId, AgentVm] = field(default_factory=dict)
     touched: dict[VmId, _Touch] = field(default_factory=dict)
+    boots: deque[str] = field(default_factory=lambda: deque(maxlen=BOOTS_REMEMBERED))
+    """The agent processes that have reported, the present one last."""
     answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def has_report(self, boot_id: str, seq: int) -> bool:
+        """Whether the last report is of that agent process and at least as new as `seq`."""
+        return self.report is not None and bool(boot_id) and self.report.boot_id == boot_id and self.report.seq >= seq
+
+    def has_outlived(self, boot_id: str) -> bool:
+        """Whether a later agent process than that one has reported."""
+        return boot_id in self.boots and self.boots[-1] != boot_id
 
     @property
     def shown_id(self) -> str:
@@ -181,7 +192,8 @@ class Fleet:
         old = self.vms.get(vm.id)
         if old is not None and old.gone_at == 0:
             self._count(old, -1)
-        self.release(vm.id)
+        if vm.host_id or vm.gone_at:  # until then its placement may be on its way to the disk, and the room is not free
+            self.release(vm.id)
         self.vms[vm.id] = vm
         if vm.gone_at:
             self._env_vms[vm.env_id].pop(vm.id, None)
@@ -355,6 +367,8 @@ class Fleet:
             look += bound
             for vm_id in bound:  # failures of a host that was away say nothing about the one that is back
                 self.status[vm_id] = replace(self.status[vm_id], retry=Retry(), next_at=None)
+        if report.boot_id and report.boot_id not in host.boots:
+            host.boots.append(report.boot_id)
         host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
         before, host.vms, host.report = host.vms, fresh, report
         self._look_at(look)
@@ -366,13 +380,13 @@ class Fleet:
     def observe_reply(self, addr: str, vm_id: VmId, vm: AgentVm | None, boot_id: str, seq: int) -> None:
         """Takes over the outcome of a call: the VM as the reply shows it, or None where the reply shows none.
 
-        Reports older than this moment say nothing about the VM any more. A reply that was long under way says nothing if a
-        report already in hand is as new: taken over, it would bring back a state that has passed.
+        Reports older than this moment say nothing about the VM any more. A reply that was long under way says nothing itself
+        if what is known is newer, be it of the same agent process or of a later one: it would bring back a state that is past.
         """
         host = self.hosts.get(addr)
         if host is None:
             return
-        if host.report is not None and boot_id and host.report.boot_id == boot_id and host.report.seq >= seq:
+        if host.has_outlived(boot_id) or (vm_id not in host.touched and host.has_report(boot_id, seq)):
             return
         host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
         if vm is not None:
