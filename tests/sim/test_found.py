@@ -1,0 +1,161 @@
+"""What the simulation has found in the production code, each as its smallest case."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from reconciler.core.model import Change, Done, EnvIntent, HostIntent, Retry, VmIntent
+from reconciler.fleet import Fleet, Report
+from reconciler.loop.clock import Clock
+from reconciler.loop.intents import Intents
+from reconciler.loop.reconciler import STABLE_AFTER, Reconciler
+from reconciler.store.database import Database
+from specs.desired import EnvSpec, VmSpec
+from specs.names import ClusterId, EnvId, HostId, VmId
+from specs.wire import AgentInfo, AgentVm, Resource
+from tests.core.worlds import env_intent, vm_intent
+
+ADDR = "10.0.0.1:9100"
+HOST = HostId("h1")
+VM = VmId("vm-1")
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBJbDrk6WHYGFqkzL1M2t3gYKEcvXYo6ZS1lnzFDpq8J me@here"
+
+
+class StoppedClock(Clock):
+    """Shows what it is set to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def wall(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Store:
+    """Commits when it is let."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def commit(self, _change: Change) -> None:
+        await self.gate.wait()
+
+
+def _vm(state: str, reason: str = "") -> AgentVm:
+    return AgentVm.model_validate(
+        {
+            "id": VM,
+            "env_id": "web",
+            "image": "tiny",
+            "engine": "qemu",
+            "cpu": 1,
+            "mem": 1,
+            "disk": 1,
+            "state": state,
+            "reason": reason,
+        }
+    )
+
+
+def _fleet(*vms: VmIntent, env: EnvIntent | None = None) -> Fleet:
+    fleet = Fleet(ClusterId("here"))
+    spec = EnvSpec(id="web", ssh_keys=(KEY,), vms=(VmSpec(image="tiny"),))
+    fleet.apply(Change(envs=(env or env_intent(spec),), vms=vms, hosts=(HostIntent(ADDR, HOST, 1),)))
+    resource = Resource(cpu_total=8, mem_total=9000, disk_total=90_000)
+    info = AgentInfo.model_validate({"host_id": HOST, "resource": resource, "engines": ("qemu",), "storage": "file"})
+    fleet.observe_info(ADDR, info, 0.0)
+    return fleet
+
+
+def _report(fleet: Fleet, vm: AgentVm | None, boot_id: str, seq: int) -> None:
+    fleet.observe(ADDR, Report({VM: vm} if vm else {}, fleet.tick(), boot_id, seq), 0.0)
+
+
+def _loop(fleet: Fleet, store: Store, clock: Clock) -> tuple[Reconciler, Intents]:
+    new_id: Callable[[], VmId] = lambda: VmId("vm-new")  # noqa: E731
+    database = cast(Database, store)
+    reconciler = Reconciler(fleet, database, lambda _: None, new_id, clock)
+    return reconciler, Intents(fleet, database, reconciler, new_id, clock)
+
+
+def test_a_reply_overtaken_by_a_newer_report_changes_nothing() -> None:
+    fleet = _fleet(vm_intent(desired="stopped"))
+    _report(fleet, _vm("stopped"), "b1", 7)
+    fleet.observe_reply(ADDR, VM, _vm("running"), "b1", 6)
+    assert fleet.hosts[ADDR].vms == {VM: _vm("stopped")}
+    assert fleet.hosts[ADDR].touched == {}
+
+
+def test_a_reply_of_an_agent_process_that_has_ended_changes_nothing() -> None:
+    fleet = _fleet(vm_intent())
+    _report(fleet, _vm("running"), "b1", 7)
+    fleet.lost(ADDR, "agent restarts", 0.0)
+    fleet.observe_info(ADDR, cast(AgentInfo, fleet.hosts[ADDR].info), 0.0)
+    _report(fleet, _vm("stopped", "crashed"), "b2", 2)
+    fleet.observe_reply(ADDR, VM, _vm("running"), "b1", 9)
+    assert fleet.hosts[ADDR].vms == {VM: _vm("stopped", "crashed")}
+    assert fleet.hosts[ADDR].touched == {}
+
+
+def test_a_reply_is_taken_over_while_the_report_is_older_than_an_earlier_call() -> None:
+    fleet = _fleet(vm_intent())
+    _report(fleet, _vm("stopped"), "b1", 7)
+    fleet.observe_reply(ADDR, VM, _vm("stopped"), "", 0)  # a call without an answer: what is known is in doubt
+    fleet.observe_reply(ADDR, VM, _vm("running"), "b1", 7)
+    assert fleet.hosts[ADDR].vms == {VM: _vm("running")}
+
+
+@pytest.mark.parametrize("changes", [{"desired": "stopped"}, {"desired": "absent"}])
+def test_room_stays_reserved_while_a_placement_is_on_its_way_whatever_people_change(changes: dict[str, Any]) -> None:
+    waiting = vm_intent(host=None)
+    fleet = _fleet(waiting)
+    fleet.reserve(VM, HOST)
+    fleet.apply(Change(vms=(replace(waiting, **changes),)))
+    assert fleet.load(HOST).count == 1
+    fleet.apply(Change(placed=((VM, HOST),)))
+    assert fleet.load(HOST).count == 1
+    fleet.apply(Change(gone=((VM, 5),)))
+    assert (fleet.load(HOST).count, fleet.load(HOST).cpu) == (0, 0)
+
+
+async def test_an_environment_extended_while_its_expiry_waits_does_not_expire() -> None:
+    spec = EnvSpec(id="web", ssh_keys=(KEY,), vms=(VmSpec(image="tiny"),))
+    fleet = _fleet(vm_intent(), env=env_intent(spec, expires_at=10))
+    store, clock = Store(), StoppedClock()
+    clock.now = 20.0
+    _, intents = _loop(fleet, store, clock)
+    store.gate.clear()
+    extension = asyncio.create_task(intents.extend("web", 3600))
+    expiry = asyncio.create_task(intents.expire_env("web"))
+    await asyncio.sleep(0)
+    store.gate.set()
+    await asyncio.gather(extension, expiry)
+    assert (fleet.envs[EnvId("web")].deleting, fleet.envs[EnvId("web")].expires_at) == (False, 3620)
+
+
+async def test_a_vm_stable_for_long_enough_is_forgiven_at_the_very_time_its_timer_was_set_to() -> None:
+    fleet = _fleet(vm_intent())
+    clock = StoppedClock()
+    reconciler, _ = _loop(fleet, Store(), clock)
+    since = next(n / 10 for n in range(1, 10_000) if (n / 10 + STABLE_AFTER) - n / 10 < STABLE_AFTER)
+    status = replace(fleet.status[VM], phase="ready", settled=True, settled_at=since, retry=Retry(attempts=3))
+    fleet.set_status(VM, status)
+    clock.now = since + STABLE_AFTER
+    await reconciler._settle(fleet.vms[VM], Done("ready"))
+    reconciler.queue.close()
+    assert fleet.status[VM].retry == Retry()
+
+
+def test_vms_of_a_host_come_in_the_order_they_were_placed() -> None:
+    names = [VmId(f"vm-{number}") for number in range(20)]
+    fleet = _fleet(*(vm_intent(id=name, name=name) for name in names))
+    assert [vm.id for vm in fleet.host_vms(HOST)] == names
