@@ -130,7 +130,7 @@ def _condition(entry: Entry) -> dict[str, Any]:
         why = f"{entry.verdict.message}; " if entry.verdict else ""
         return _told("failed", "remove_failed", f"{why}removing it failed and is tried again: {entry.removal_error}")
     if entry.broken is not None:
-        return _told("failed", "", f"its record cannot be read, so it is left alone: {entry.broken}")
+        return _told("failed", "state_unknown", f"its record cannot be read, so it is left alone: {entry.broken}")
     if record is None:
         return _told("failed", "create_failed", entry.verdict.message if entry.verdict else "its creation failed")
     if not record.complete:
@@ -144,17 +144,18 @@ def _condition(entry: Entry) -> dict[str, Any]:
 
 
 def _observed(entry: Entry, record: VmRecord) -> dict[str, Any]:
-    doubt = f"its engine cannot tell how it is: {entry.unknown}" if entry.unknown else ""
+    if entry.unknown:
+        # Shown as asked, since `stopped` would make a controller start what may well be running.
+        return _told(record.power, "state_unknown", f"its engine cannot tell how it is: {entry.unknown}")
     if not entry.looked:
-        # Not known (yet): shown as asked, since `stopped` would make a controller start what may well be running.
-        return _told(record.power, "", doubt)
+        return _told(record.power)
     if isinstance(entry.seen, Running):
-        return _told("running", "", doubt) | {"pid": entry.seen.pid}
+        return _told("running") | {"pid": entry.seen.pid}
     if record.power == "stopped":
-        return _told("stopped", "", doubt)
+        return _told("stopped")
     if entry.seen is None:
-        return _told("stopped", "crashed", doubt or f"{entry.engine} has nothing of it any more; start makes it again")
-    return _told("stopped", entry.seen.reason, doubt or entry.seen.message)
+        return _told("stopped", "crashed", f"{entry.engine} has nothing of it any more; start makes it again")
+    return _told("stopped", entry.seen.reason, entry.seen.message)
 
 
 def _told(state: str, reason: str = "", message: str = "") -> dict[str, Any]:

@@ -126,8 +126,8 @@ class Runtime:
 
     @property
     def complete(self) -> bool:
-        """Whether the list can be trusted in full: all is re-adopted and every engine tells how its VMs are."""
-        return self._upkeep.adopted and not any(entry.unknown for entry in self._inventory.entries.values())
+        """Whether what the list lacks is not here: all is re-adopted. How a listed VM is may still be unknown."""
+        return self._upkeep.adopted
 
     @property
     def trouble(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from datetime import timedelta
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -103,6 +103,13 @@ class AgentSettings(BaseModel):
     @classmethod
     def _listen_is_an_address(cls, value: str) -> str:
         Listen.parse(value)
+        return value
+
+    @field_validator("forward_addrs")
+    @classmethod
+    def _forwards_are_on_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            IPv4Address(text)
         return value
 
     @field_validator("port_range")

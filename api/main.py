@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -88,6 +89,7 @@ async def serve(settings: ControllerSettings, *, ready: Callable[[str], None] = 
     Raises SettingsError, StoreCorrupt, StoreUnavailable.
     """
     set_up_logs()
+    os.umask(0o077)  # the database holds user data, which may hold secrets
     with _alone(settings):
         app = ControllerApp(settings)
         ended = asyncio.Event()

@@ -7,6 +7,8 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MIN_KEY = 8  # characters; agents refuse shorter ones too
+
 
 class SettingsError(Exception):
     """A setting that cannot be used; the message names it and says what to do."""
@@ -38,11 +40,12 @@ class ControllerSettings:
 
     def key(self) -> str | None:
         """The API key, from the setting or the file. Raises SettingsError."""
-        if self.api_key is not None:
-            if not self.api_key.strip():
-                raise SettingsError("the API key is empty")
-            return self.api_key.strip()
-        return read_or_make_key(self.api_key_file) if self.api_key_file else None
+        key = self.api_key.strip() if self.api_key is not None else None
+        if key is None and self.api_key_file:
+            key = read_or_make_key(self.api_key_file)
+        if key is not None and len(key) < MIN_KEY:
+            raise SettingsError(f"the API key is shorter than {MIN_KEY} characters; make one with `openssl rand -hex 32`")
+        return key
 
 
 def read_or_make_key(path: Path) -> str:

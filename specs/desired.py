@@ -94,6 +94,12 @@ class VmSpec(Request):
         return self
 
     @model_validator(mode="after")
+    def _user_data_has_a_reader(self) -> Self:
+        if self.user_data and self.engine is Engine.DOCKER:
+            raise ValueError(f"user_data cannot be honoured by engine {self.engine}: a container has no cloud-init to run it")
+        return self
+
+    @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         twice = sorted(port for port, times in Counter(self.ports).items() if times > 1)
         if twice:

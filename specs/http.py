@@ -20,6 +20,7 @@ from weakref import WeakSet
 import orjson
 import structlog
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream
@@ -397,14 +398,22 @@ class Unknown(Handler):
 
 def invalid(error: ValidationError) -> Failure:
     """422 with one sentence about the first mistake and every mistake's place in `details`."""
+    every = error.errors(include_url=False, include_context=False, include_input=False)
+    # Entries that failed do not count for pydantic, so a list of one bad entry is "too short" as well.
+    found = [item for item in every if item["type"] != "too_short" or not _has_inner(item, every)]
     details = tuple(
         {"loc": ".".join(str(part)[:100] for part in item["loc"])[:300], "msg": _plain(item["type"], item["msg"])}
-        for item in error.errors(include_url=False, include_context=False, include_input=False)[:_SHOWN_ERRORS]
+        for item in found[:_SHOWN_ERRORS]
     )
     first = details[0]
     place = f"{first['loc']}: " if first["loc"] else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Failure(422, "invalid", f"{place}{first['msg']}{more}", details=details)
+
+
+def _has_inner(item: ErrorDetails, every: list[ErrorDetails]) -> bool:
+    depth = len(item["loc"])
+    return any(len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in every)
 
 
 def _sentence(error: HTTPError) -> str:
@@ -419,6 +428,10 @@ def _plain(kind: str, message: str) -> str:
         return "is required"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return "must be a JSON object"
+    if kind == "tuple_type":
+        return "must be a list"
+    if kind == "too_short":
+        return "must have at least one entry"
     plain = message.removeprefix("Value error, ").removeprefix("Input ")
     return plain[:500].replace("should be", "must be", 1)
 

@@ -39,7 +39,8 @@ class AgentVm(Message):
     """One VM as an agent reports it. Only the fields up to `created_at` exist on a plain agent.
 
     `reason` says why a VM is `failed` or `stopped`: `create_failed` (nothing of it is left on the host; only another
-    create helps), `start_failed`, `crashed`, `exited` (the guest powered itself off), or "" (as asked, or not told).
+    create helps), `start_failed`, `crashed`, `exited` (the guest powered itself off), `remove_failed` (the agent goes on
+    clearing up), `state_unknown` (its engine cannot tell; `state` is then what was asked last), or "" (as asked, or not told).
     """
 
     id: Name

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from pathlib import Path
 
+import structlog
+
 from agent import accel as acceleration
 from agent import process
 from agent.engines import qemu_qmp
@@ -27,6 +29,8 @@ from agent.seed import check_user_data, write_seed
 from specs.names import Engine as EngineKind
 from specs.names import VmId
 from specs.wire import CreateVmReq
+
+log = structlog.get_logger(__name__)
 
 MAX_CPUS = 255  # of the q35 machine without an interrupt-remapping unit
 START_LIMIT = 30.0  # seconds until QEMU's monitor answers
@@ -207,7 +211,12 @@ class QemuEngine:
                 return watch
             await watch.gone.wait()  # dead already: the kernel has told, the loop has yet to hear it
         files = VmFolder(folder)
-        record = files.record()
+        try:
+            record = files.record()
+        except AgentError as error:
+            # Every QEMU of ours names its folder in its arguments, so the process table tells what the file cannot.
+            log.warning("process_record_unreadable", vm_id=vm_id, why=error.message)
+            record = (await self._find()).get(vm_id)
         if record is None or not process.alive(record):
             record = await self._orphan(vm_id)
             if record is None:

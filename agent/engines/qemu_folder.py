@@ -71,7 +71,7 @@ class VmFolder:
     def note_exit(self, status: int | None) -> None:
         """Keeps the exit status that only the first watcher is told."""
         if status is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # a full disk must not keep anybody from hearing of the exit
                 # Not synced to disk: this runs on the event loop, and a torn file only costs the message its signal name.
                 (self.path / EXIT).write_text(json.dumps({"status": status}))
 

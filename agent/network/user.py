@@ -36,7 +36,11 @@ class UserNetwork:
 
     async def probe(self) -> Probe:
         """Usable everywhere: it makes nothing on the host. Whether QEMU has user networking is its engine's probe."""
-        return Usable(f"QEMU's user-mode network, {self.subnet}, forwards on {', '.join(self._forward_addrs)}")
+        # QEMU hands what a guest sends to the gateway address to the host's loopback and has no switch against it.
+        exposed = (
+            "guests without deny_outgoing reach what listens on this host's loopback, also a controller or agent without a key"
+        )
+        return Usable(f"QEMU's user-mode network, {self.subnet}, forwards on {', '.join(self._forward_addrs)}", (exposed,))
 
     async def setup(self) -> None:
         """Nothing is shared between VMs."""

@@ -24,7 +24,9 @@ from specs.names import ClusterId
 from specs.wire import Phase
 
 CREATE_FAILED = "create_failed"
-REMOVE_FAILED = "remove_failed"  # the agent goes on clearing up by itself; until then every other call is refused
+# `remove_failed`: the agent goes on clearing up by itself and refuses every other call until then. `state_unknown`: it is on
+# the host, but whether it runs nobody can say; a second start would write to the same disk.
+_NOT_FOR_US = frozenset({"remove_failed", "state_unknown"})
 EXITED = "exited"
 # A stop asked of a VM in one of these clears the reason on the agent, so that a later start is not taken for a restart.
 _ENDED_UNASKED = frozenset({EXITED, "crashed", "start_failed"})
@@ -58,8 +60,8 @@ def _next_step(intent: VmIntent, seen: Observation, cluster: ClusterId) -> Step:
     if isinstance(seen, Present) and seen.cluster_id not in ("", cluster):
         # Its owner would undo whatever we do: two controllers would fight over one machine.
         return Wait(f"host {intent.host_id} keeps this VM for another cluster ({seen.cluster_id})", phase="degraded")
-    if isinstance(seen, Present) and seen.reason == REMOVE_FAILED and intent.desired != "absent":
-        return Wait(seen.message or "the host cleans up what is left of it", phase="degraded")
+    if isinstance(seen, Present) and seen.reason in _NOT_FOR_US and intent.desired != "absent":
+        return Wait(seen.message or "the host cannot say how it is", phase="degraded")
     if intent.desired == "absent":
         return Forget() if isinstance(seen, Absent) else Destroy()
     if isinstance(seen, Absent):

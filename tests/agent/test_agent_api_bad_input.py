@@ -60,7 +60,7 @@ def failure(status: int, body: Any) -> tuple[int, str]:
         ({"ports": [80, 70000]}, "ports.1", "must be less than or equal to 65535"),
         ({"ports": ["80"]}, "ports.0", "must be a valid integer"),
         ({"ports": [80, 80]}, "ports", "lists 80 more than once"),
-        ({"ports": 80}, "ports", "must be a valid tuple"),
+        ({"ports": 80}, "ports", "must be a list"),
         ({"engine": "xen"}, "engine", "must be 'qemu', 'firecracker', 'docker', 'bhyve' or 'jail'"),
         ({"engine": 7}, "engine", "must be 'qemu', 'firecracker', 'docker', 'bhyve' or 'jail'"),
         ({"vm_id": ""}, "vm_id", "must be 1-128 of"),

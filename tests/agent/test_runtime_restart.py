@@ -180,7 +180,7 @@ async def test_an_unreadable_record_is_shown_and_left_alone_until_deleted(rig: R
         record.write_bytes(content)
     runtime = await rig.boot()
     broken = runtime.get(A)
-    assert outline(broken) == ("failed", "", "")
+    assert outline(broken) == ("failed", "state_unknown", "")
     assert str(record) in broken.message
     assert outline(runtime.get("vm-b")) == ("running", "", "")
     assert sorted(rig.machines.running()) == [A, "vm-b"]

@@ -76,7 +76,7 @@ async def test_malformed_json_is_400(rig: FleetRig, raw: bytes) -> None:
     ("body", "loc", "says"),
     [
         ([], "", "must be a JSON object"),
-        ({}, "id", "is required"),
+        ({"vms": [vm()], "ssh_keys": [KEY]}, "id", "is required"),
         (env("a", vm(cpu=0)), "vms.0.cpu", "greater than 0"),
         (env("a", vm(cpu="2")), "vms.0.cpu", "integer"),
         (env("a", vm(cpu=True)), "vms.0.cpu", "integer"),
@@ -86,7 +86,7 @@ async def test_malformed_json_is_400(rig: FleetRig, raw: bytes) -> None:
         (env("a", vm(ports=[70000])), "vms.0.ports.0", "65535"),
         (env("a", vm(ports=[0])), "vms.0.ports.0", "greater than or equal to 1"),
         (env("a", vm(ports=[80, 80])), "vms.0", "80 more than once"),
-        (env("a", vm(ports="80")), "vms.0.ports", "tuple"),
+        (env("a", vm(ports="80")), "vms.0.ports", "must be a list"),
         (env("a", vm(deny_outgoing="no")), "vms.0.deny_outgoing", "boolean"),
         (env("a", vm(engine="vmware")), "vms.0.engine", "qemu"),
         (env("a", vm(imgae="tiny")), "vms.0.imgae", "unknown field"),
@@ -94,7 +94,7 @@ async def test_malformed_json_is_400(rig: FleetRig, raw: bytes) -> None:
         (env("a", vm(restart="sometimes")), "vms.0.restart", "always"),
         (env("a", vm(name="x"), vm(name="x")), "", "x more than once"),
         (env("a", vm(count=0)), "vms.0.count", "greater than or equal to 1"),
-        (env("a") | {"vms": []}, "vms", "at least 1"),
+        (env("a") | {"vms": []}, "vms", "at least one entry"),
         (env("a") | {"vms": None}, "vms", ""),
         (env("a", lifetime="soon"), "lifetime", "duration"),
         (env("a", lifetime=-5), "lifetime", "0 or more"),
@@ -105,11 +105,13 @@ async def test_malformed_json_is_400(rig: FleetRig, raw: bytes) -> None:
         (env("a", ssh_keys="x"), "ssh_keys", ""),
         ({"id": "a", "vms": [vm()]}, "", "ssh_keys is required"),
         (env("a", owner="a\nb"), "owner", "match"),
+        (env("a", vm(engine="docker", user_data="#!/bin/sh")), "vms.0", "user_data cannot be honoured by engine docker"),
     ],
 )
 async def test_an_invalid_environment_is_422_and_names_the_field(rig: FleetRig, body: object, loc: str, says: str) -> None:
     answer = failed(await rig.call("POST", "/api/envs", body), 422)
-    assert any(item["loc"] == loc and says in item["msg"] for item in answer["details"]), answer
+    assert len(answer["details"]) == 1, "one mistake, one sentence"
+    assert answer["details"][0]["loc"] == loc and says in answer["details"][0]["msg"], answer
     assert await rig.data("/api/envs") == []
 
 

@@ -154,3 +154,12 @@ def test_a_held_back_call_says_why_and_until_when() -> None:
     assert plan(vm_intent("absent"), Present("running"), retry) == Wait(
         "create on host h1 failed: disk full", 1030.0, "terminating"
     )
+
+
+@pytest.mark.parametrize("reason", ["state_unknown", "remove_failed"])
+def test_a_vm_its_host_cannot_speak_for_is_left_alone_but_may_be_destroyed(reason: str) -> None:
+    for state in ("running", "stopped", "failed"):
+        seen = Present(state, reason, "the daemon does not answer")
+        for desired in ("running", "stopped"):
+            assert plan(vm_intent(desired), seen) == Wait("the daemon does not answer", phase="degraded")
+        assert plan(vm_intent("absent"), seen) == Destroy()

@@ -50,7 +50,7 @@ def ids(prefix: str = "vm") -> object:
 
 
 desires = st.sampled_from(["running", "stopped", "absent"])
-reasons = st.sampled_from(["", "create_failed", "start_failed", "crashed", "exited"])
+reasons = st.sampled_from(["", "create_failed", "start_failed", "crashed", "exited"])  # those a host can act on
 states = st.sampled_from(["running", "stopped", "paused", "creating", "failed"])
 presents = st.builds(Present, state=states, reason=reasons, message=st.sampled_from(["", "boom"]))
 observations: st.SearchStrategy[Observation] = st.one_of(

@@ -309,11 +309,14 @@ def test_a_dumped_environment_reads_well() -> None:
         owner="no",
         lifetime="never",
         ssh_keys=[KEY],
-        vms=[{"image": "r:5000/a/b:1.2", "engine": "podman", "name": "x", "ports": [80], "user_data": "#!/bin/sh\n  hi\n"}],
+        vms=[
+            {"image": "r:5000/a/b:1.2", "engine": "podman", "name": "x", "ports": [80]},
+            {"image": "tiny", "user_data": "#!/bin/sh\n  hi\n"},
+        ],
     )
     assert dump(written) == (
         f'id: web\nowner: "no"\nlifetime: never\nssh_keys:\n  - "{KEY}"\nvms:\n  - name: x\n    image: "r:5000/a/b:1.2"\n'
-        "    engine: docker\n    ports:\n      - 80\n    user_data: |\n      #!/bin/sh\n        hi\n"
+        "    engine: docker\n    ports:\n      - 80\n  - image: tiny\n    user_data: |\n      #!/bin/sh\n        hi\n"
     )
 
 
@@ -322,7 +325,7 @@ labels = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=30)
 machines = st.builds(
     VmSpec,
     image=names,
-    engine=st.sampled_from(["qemu", "docker", "jail"]),
+    engine=st.sampled_from(["qemu", "firecracker", "jail"]),
     cpu=st.integers(1, 2**32 - 1),
     mem=st.integers(1, 9999),
     disk=st.just(40960) | st.integers(1, 9999),
