@@ -14,10 +14,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_an_environments_whole_life_is_followed_without_a_reload(browser: Browser, tmp_path: Path) -> None:
-    async with FleetRig(tmp_path, hosts=2, key="s3cret") as rig:
+    async with FleetRig(tmp_path, hosts=2, key="s3cret-long-enough") as rig:
         url = str(rig.http.base_url.join("/"))
         async with opened(browser, url) as page:
-            await page.get_by_label("API key").fill("s3cret")
+            await page.get_by_label("API key").fill("s3cret-long-enough")
             await page.keyboard.press("Enter")
             await expect(page.locator("li.host h3")).to_have_text(["host-0", "host-1"])
             await shows(page, "No environment yet")
