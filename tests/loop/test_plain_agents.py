@@ -107,9 +107,9 @@ async def test_garbage_from_a_host_is_never_taken_for_an_empty_host(
         before = list(agent.calls)
         agent.broken = garbage
         fleet = rig.app.controller.fleet
-        await rig.until(lambda: not fleet.hosts[addr].online)
         (vm_id,) = fleet.vms
-        assert "offline" in fleet.status[vm_id].message or not fleet.status[vm_id].settled
+        await rig.until(lambda: not fleet.hosts[addr].online and "offline" in fleet.status[vm_id].message)
+        assert not fleet.status[vm_id].settled
         agent.broken = None
         await rig.until(lambda: fleet.hosts[addr].online and fleet.status[vm_id].settled)
         assert agent.calls == before
