@@ -1,0 +1,163 @@
+"""People and scripts: create, change, stop, start, extend and delete environments through the live controller."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reconciler.loop.controller import Controller
+from reconciler.loop.intents import IntentError
+from reconciler.store.database import StoreUnavailable
+from specs.desired import NEVER, EnvSpec, VmSpec, canonical_env
+from specs.names import EnvId
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+PATIENCE = 20  # tries, a second apart
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBJbDrk6WHYGFqkzL1M2t3gYKEcvXYo6ZS1lnzFDpq8J me@here"
+ENVS = 3
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One request at one time: verb is host, create, put, stop, start, extend or delete."""
+
+    at: float
+    verb: str
+    target: str
+    spec: EnvSpec | None = None
+    lifetime: int = 0
+
+
+def wishes(seed: int, hosts: list[str], until: float) -> list[Wish]:
+    """What people ask for in a schedule: all hosts, at least eight VMs early on, and then changes."""
+    rng = random.Random(f"{seed} users")
+    out = [Wish(rng.uniform(0.05, 0.5 if position < 2 else 10.0), "host", addr) for position, addr in enumerate(hosts)]
+    total = 0
+    names = [f"e{number}" for number in range(ENVS)]
+    for position, name in enumerate(names):
+        spec = _spec(rng, name, needed=8 - total if position == ENVS - 1 else 1)
+        total += len(spec.machines())
+        out.append(Wish(rng.uniform(0.1, 8.0), "create", name, spec))
+    for _ in range(rng.randint(4, 7)):
+        name = rng.choice(names)
+        verb = rng.choice(["put", "put", "stop", "start", "extend", "delete", "create"])
+        spec = _spec(rng, name) if verb in ("put", "create") else None
+        out.append(Wish(rng.uniform(5.0, until), verb, name, spec, rng.choice([30, 3600, NEVER])))
+    return sorted(out, key=lambda wish: wish.at)
+
+
+def _spec(rng: random.Random, name: str, needed: int = 1) -> EnvSpec:
+    entries: list[VmSpec] = []
+    while not entries or sum(entry.count for entry in entries) < needed or rng.random() < 0.4:
+        image = rng.choices(["tiny", "base", "late", "poison"], [10, 6, 2, 1])[0]
+        entries.append(
+            VmSpec(
+                image=image,
+                name=f"m{len(entries)}",
+                cpu=rng.choice([1, 1, 2]),
+                mem=rng.choice([64, 128]),
+                disk=rng.choice([128, 256]),
+                ports=rng.choice([(), (80,), (80, 443)]),
+                count=rng.choice([1, 1, 1, 2, 3]),
+                restart=rng.choices(["always", "on-failure", "never"], [8, 1, 1])[0],  # type: ignore[arg-type]
+                spread=rng.choice(["pack", "hosts"]),  # type: ignore[arg-type]
+            )
+        )
+    lifetime = rng.choices(["never", 21600, 25], [6, 2, 1])[0]
+    return EnvSpec(id=name, ssh_keys=(KEY,), vms=tuple(entries), lifetime=lifetime)  # type: ignore[arg-type]
+
+
+class Users:
+    """Sends the wishes and holds the controller to what it acknowledges."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.deleting: set[str] = set()
+        """Environments that somebody has asked to delete: they may go before their lifetime is over."""
+        self.pending = 0
+        """Wishes that have not been answered yet."""
+
+    def plan(self, wishes: list[Wish]) -> None:
+        """Sends every wish at its time."""
+        self.pending += len(wishes)
+        for wish in wishes:
+            self._world.loop.call_at(wish.at, self.send, wish)
+
+    def send(self, wish: Wish, tries: int = PATIENCE) -> None:
+        """Asks whichever controller serves; asks again later if none does or its store refuses."""
+        world = self._world
+        serving = world.serving()
+        if serving is None:
+            self._again(wish, tries)
+            return
+        controller = serving.controller
+        assert controller is not None
+        task = serving.process.spawn(self._ask(controller, wish))
+
+        def ended(done: asyncio.Task[bool]) -> None:
+            if done.cancelled() or (not done.exception() and not done.result()):
+                self._again(wish, tries)
+            else:
+                self.pending -= 1
+
+        task.add_done_callback(ended)
+
+    def _again(self, wish: Wish, tries: int) -> None:
+        if tries and not self._world.is_over:
+            self._world.loop.call_later(1.0, self.send, wish, tries - 1)
+        else:
+            self.pending -= 1
+
+    async def _ask(self, controller: Controller, wish: Wish) -> bool:
+        world = self._world
+        world.note("user", wish.verb, wish.target)
+        if wish.verb == "delete":
+            self.deleting.add(wish.target)
+        try:
+            await self._do(controller, wish)
+        except IntentError as error:
+            world.note("user refused", wish.verb, wish.target, error)
+            return True
+        except StoreUnavailable as error:
+            world.note("user told 503", wish.verb, wish.target, error)
+            return False
+        world.note("user acknowledged", wish.verb, wish.target)
+        self._hold_to(controller, wish)
+        return True
+
+    async def _do(self, controller: Controller, wish: Wish) -> Any:
+        intents = controller.intents
+        match wish.verb:
+            case "host":
+                return await controller.add_host(wish.target)
+            case "create":
+                assert wish.spec is not None
+                return await intents.create_env(wish.spec)
+            case "put":
+                assert wish.spec is not None
+                return await intents.put_env(wish.spec)
+            case "stop" | "start":
+                return await intents.set_power(wish.target, "stopped" if wish.verb == "stop" else "running")
+            case "extend":
+                return await intents.extend(wish.target, wish.lifetime)
+            case _:
+                return await intents.delete_env(wish.target)
+
+    def _hold_to(self, controller: Controller, wish: Wish) -> None:
+        mirror = controller.store.disk.mirror  # type: ignore[attr-defined]
+        env = mirror.envs.get(EnvId(wish.target))
+        is_kept = env is not None
+        if wish.verb == "host":
+            is_kept = wish.target in mirror.hosts
+        elif wish.verb == "delete":
+            is_kept = env is None or env.deleting
+        elif env is not None and not env.deleting:
+            if wish.spec is not None:
+                is_kept = canonical_env(env.spec) == canonical_env(wish.spec)
+            elif wish.verb in ("stop", "start"):
+                is_kept = env.power == ("stopped" if wish.verb == "stop" else "running")
+        self._world.checks.acknowledged(f"{wish.verb} of {wish.target}", is_kept)
