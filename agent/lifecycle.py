@@ -14,7 +14,7 @@ import structlog
 from agent.engines.base import Engine
 from agent.entry import Entry
 from agent.errors import AgentError
-from agent.machine import Disk, Machine, Nic, Running
+from agent.machine import Disk, DiskKind, Machine, Nic, Running
 from agent.network.base import Network
 from agent.records import RecordStore, VmRecord, io_error
 from agent.rules import Rules
@@ -84,7 +84,7 @@ class Lifecycle:
         engine = self.engine(entry)
         await self._gates.network.wait()
         await self._gates.engines[engine.kind].wait()
-        disk = await self._make_disk(entry, record) if engine.needs_disk else None
+        disk = await self._make_disk(entry, record, engine.disk_kind) if engine.needs_disk else None
         machine = await self._plug_in(entry, record, disk)
         if not (is_continued and isinstance(await engine.state(entry.id, entry.folder), Running)):
             await self._boot(engine, entry, machine)
@@ -167,10 +167,10 @@ class Lifecycle:
             return tuple(self._engines.values())  # which one made it is not known
         return (self.engine(entry),)
 
-    async def _make_disk(self, entry: Entry, record: VmRecord) -> Disk:
+    async def _make_disk(self, entry: Entry, record: VmRecord, kind: DiskKind) -> Disk:
         self._on_step(entry, "disk")
         request = record.request
-        return await self._storage.ensure_disk(entry.id, entry.folder, request.image, request.disk)
+        return await self._storage.ensure_disk(entry.id, entry.folder, request.image, request.disk, kind)
 
     async def _plug_in(self, entry: Entry, record: VmRecord, disk: Disk | None) -> Machine:
         self._on_step(entry, "network")

@@ -57,6 +57,12 @@ class Nic:
     mtu: int = 1500
 
 
+DiskKind = Literal["any", "raw", "rootfs"]
+"""What an engine needs of a disk: `any` a clone of a disk image in the format the storage driver does best, `raw` the same
+without a format of its own, `rootfs` the root filesystem of a kernel-and-rootfs image (raw, no partitions), grown with it.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
     """A VM's own root disk. `path` is a file (`qcow2`, `raw`) or a block device (`raw`)."""

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from agent.machine import EngineState, Machine, Probe
+from agent.machine import DiskKind, EngineState, Machine, Probe
 from specs.names import Engine as EngineKind
 from specs.names import VmId
 from specs.wire import CreateVmReq
@@ -25,6 +25,8 @@ class Engine(Protocol):
     kind: EngineKind
     needs_disk: bool
     """True if the runtime must make a disk with the storage driver before `prepare`."""
+    disk_kind: DiskKind
+    """Which kind of disk that is; without meaning where `needs_disk` is False."""
     on_exit: OnExit
     """Set by the runtime. The driver calls it on the event loop's thread as soon as a VM's process ends, for any reason."""
 

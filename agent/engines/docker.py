@@ -29,7 +29,7 @@ from agent.engines.docker_network import DockerNetworks
 from agent.engines.docker_probe import find_facts
 from agent.engines.docker_states import StateReader
 from agent.errors import AgentError, Conflict, Unsupported
-from agent.machine import EngineState, Machine, Probe, Running, Stopped, Unusable, Usable
+from agent.machine import DiskKind, EngineState, Machine, Probe, Running, Stopped, Unusable, Usable
 from specs.names import Engine, VmId
 from specs.wire import CreateVmReq
 
@@ -49,6 +49,7 @@ class DockerEngine:
 
     kind = Engine.DOCKER
     needs_disk = False
+    disk_kind: DiskKind = "any"
 
     def __init__(self, runtime_dir: Path, argv: tuple[str, ...] = ("docker",), owner: str = "") -> None:
         self.on_exit: OnExit = lambda _vm_id: None

@@ -11,7 +11,7 @@ from pathlib import Path
 from agent.engines.base import OnExit
 from agent.errors import AgentError
 from agent.faults import Faults
-from agent.machine import EngineState, Machine, Probe, Running, Stopped, Usable
+from agent.machine import DiskKind, EngineState, Machine, Probe, Running, Stopped, Usable
 from specs.names import Engine as EngineKind
 from specs.names import VmId
 from specs.wire import CreateVmReq
@@ -80,6 +80,7 @@ class FakeEngine:
     ) -> None:
         self.world = world if world is not None else FakeEngines()
         self.kind = kind
+        self.disk_kind: DiskKind = "any"
         self.needs_disk = not kind.is_container if needs_disk is None else needs_disk
         self.on_exit: OnExit = lambda _: None
         self.warnings: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from agent.engines.base import OnExit
 from agent.engines.qemu_argv import SEED, STDERR, qemu_argv
 from agent.engines.qemu_folder import VmFolder, find_processes
 from agent.errors import AgentError, Unsupported
-from agent.machine import EngineState, Machine, Probe, Running, Unusable, Usable
+from agent.machine import DiskKind, EngineState, Machine, Probe, Running, Unusable, Usable
 from agent.process import ExitWatch, ProcessRecord
 from agent.seed import check_user_data, write_seed
 from specs.names import Engine as EngineKind
@@ -45,6 +45,7 @@ class QemuEngine:
 
     kind = EngineKind.QEMU
     needs_disk = True
+    disk_kind: DiskKind = "any"
 
     def __init__(
         self,

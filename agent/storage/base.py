@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from agent.machine import Disk, Probe
+from agent.machine import Disk, DiskKind, Probe
 from specs.names import Storage as StorageKind
 from specs.names import VmId
 
@@ -19,12 +19,18 @@ class Storage(Protocol):
         """Says whether this storage works here (tools present, folder or pool writable)."""
         ...
 
-    async def images(self) -> tuple[str, ...]:
-        """Names of the base images that can be cloned, sorted. Half-written ones are not among them."""
+    async def images(self, kind: DiskKind = "any") -> tuple[str, ...]:
+        """Names of the base images that a disk of this kind can be cloned from, sorted. Half-written ones are not among them.
+
+        `rootfs` disks come from kernel-and-rootfs images, the other kinds from disk images; no image is both.
+        """
         ...
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
         """Clones `image` and grows it to `size_mib`; an existing disk of this VM is kept with its contents.
+
+        A disk of kind `raw` or `rootfs` has the format `raw`: a file or a block device. The filesystem of a `rootfs` disk fills
+        it (agent/storage/rootfs.py grows it); what is inside the disks of other kinds is the guest's business.
 
         An image larger than `size_mib` is refused. Raises ImageMissing, ImageRefused, DoesNotFit, AgentError. Safe to repeat
         after a cut-off: a half-made clone is never taken for a disk.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agent.errors import DoesNotFit, ImageMissing, ImageRefused
 from agent.faults import Faults
-from agent.machine import Disk, Probe, Usable
+from agent.machine import Disk, DiskKind, Probe, Usable
 from specs.names import Storage as StorageKind
 from specs.names import VmId
 
@@ -23,9 +23,12 @@ class FakeDisk:
 
 @dataclass(slots=True)
 class FakeDisks:
-    """What survives an agent restart: the disks of one host. `images` maps a base image to its size in MiB."""
+    """What survives an agent restart: the disks of one host. `images` and `rootfs_images` map a base image to its size
+    in MiB.
+    """
 
     images: dict[str, int] = field(default_factory=lambda: {"tiny": 64})
+    rootfs_images: dict[str, int] = field(default_factory=lambda: {"fc-tiny": 64})
     disks: dict[VmId, FakeDisk] = field(default_factory=dict)
     total_mib: int = 1_000_000
     faults: Faults = field(default_factory=Faults)
@@ -48,33 +51,33 @@ class FakeStorage:
         await self.world.faults.reach("probe")
         return Usable("in memory")
 
-    async def images(self) -> tuple[str, ...]:
+    async def images(self, kind: DiskKind = "any") -> tuple[str, ...]:
         """The names given to the world."""
         await self.world.faults.reach("images")
-        return tuple(sorted(self.world.images))
+        return tuple(sorted(self._images(kind)))
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
         """Clones in two moves, so that it can be cut off between them."""
         world = self.world
         await world.faults.reach("ensure_disk", vm_id)
         disk = world.disks.get(vm_id)
         if disk is None or not disk.whole:
             world.disks.pop(vm_id, None)
-            if image not in world.images:
-                raise ImageMissing(
-                    f"image {image} is not on this host (there: {', '.join(sorted(world.images)) or 'none at all'})"
-                )
-            if world.images[image] > size_mib:
-                raise ImageRefused(
-                    f"image {image} is {world.images[image]} MiB large and does not fit a disk of {size_mib} MiB"
-                )
+            images = self._images(kind)
+            if image not in images:
+                raise ImageMissing(f"image {image} is not on this host (there: {', '.join(sorted(images)) or 'none at all'})")
+            if images[image] > size_mib:
+                raise ImageRefused(f"image {image} is {images[image]} MiB large and does not fit a disk of {size_mib} MiB")
             if size_mib > world.free_mib:
                 raise DoesNotFit(f"there is no room for a disk of {size_mib} MiB")
             disk = world.disks[vm_id] = FakeDisk(image, size_mib)
             await world.faults.reach("ensure_disk.half", vm_id)
             disk.whole = True
         await world.faults.reach("ensure_disk.done", vm_id)
-        return Disk(folder / "disk.qcow2", "qcow2")
+        return Disk(folder / "disk.qcow2", "qcow2") if kind == "any" else Disk(folder / "disk.raw", "raw")
+
+    def _images(self, kind: DiskKind) -> dict[str, int]:
+        return self.world.rootfs_images if kind == "rootfs" else self.world.images
 
     async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
         """Forgets the disk."""

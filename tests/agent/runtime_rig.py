@@ -13,7 +13,7 @@ from agent.engines.fake import FakeEngine, FakeEngines
 from agent.entry import Caller
 from agent.faults import Faults
 from agent.inventory import Capacity
-from agent.machine import Disk
+from agent.machine import Disk, DiskKind
 from agent.network.fake import FakeHost, FakeNetwork
 from agent.records import TERMS, RecordStore
 from agent.runtime import Drivers, Runtime
@@ -49,9 +49,9 @@ def request(vm_id: str = "vm-a", **changes: Any) -> CreateVmReq:
 class FileBackedFake(FakeStorage):
     """The fake storage with a file where the disk is said to be, as the runtime may rely on."""
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
         """Makes the file once the clone is whole."""
-        disk = await super().ensure_disk(vm_id, folder, image, size_mib)
+        disk = await super().ensure_disk(vm_id, folder, image, size_mib, kind)
         disk.path.touch()
         return disk
 

@@ -72,6 +72,24 @@ class StorageContract:
         assert again == first
         assert await storage_rig.contents(again) == ("other", size)
 
+    async def test_a_raw_disk_has_no_format_of_its_own_and_is_kept_like_any_other(self, storage_rig: StorageRig) -> None:
+        size = storage_rig.base_mib + 16
+        disk = await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "base", size, "raw")
+        assert disk.format == "raw"
+        assert await storage_rig.contents(disk) == ("base", size)
+        assert await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "other", size, "raw") == disk
+        assert await storage_rig.contents(disk) == ("base", size)
+        await storage_rig.new_storage().remove_disk(VM, storage_rig.folder())
+        assert await storage_rig.remains(VM) == []
+
+    async def test_a_disk_image_is_no_root_filesystem(self, storage_rig: StorageRig) -> None:
+        storage = storage_rig.new_storage()
+        assert not {"base", "other"} & set(await storage.images("rootfs"))
+        assert await storage.images("raw") == ("base", "other")
+        with pytest.raises(ImageMissing, match="base"):
+            await storage.ensure_disk(VM, storage_rig.folder(), "base", 1024, "rootfs")
+        assert await storage_rig.remains(VM) == []
+
     async def test_an_image_larger_than_the_disk_is_refused_with_both_sizes(self, storage_rig: StorageRig) -> None:
         small = storage_rig.base_mib - 1
         with pytest.raises(ImageRefused, match=f"{storage_rig.base_mib} MiB.*{small} MiB"):

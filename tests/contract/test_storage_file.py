@@ -38,20 +38,29 @@ class FileRig(StorageRig):
         await run("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", raw, self.image_dir / "base.qcow2")
         raw.unlink()
 
+    async def make_rootfs_image(self, name: str) -> Path:
+        image, tree = self.image_dir / name, self.image_dir.parent / "tree"
+        image.mkdir()
+        tree.mkdir()
+        (tree / "hello").write_text("from the image")
+        (image / "vmlinux").write_bytes(b"kernel")
+        await run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, image / "rootfs.ext4", "8M")
+        return image
+
     def new_storage(self) -> Storage:
         return FileStorage(self.image_dir, self.runtime_dir)
 
     async def contents(self, disk: Disk) -> tuple[str, int]:
-        assert disk.format == "qcow2"
-        facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", "qcow2", disk.path))
+        facts = json.loads(await run("qemu-img", "info", "--output=json", "-f", disk.format, disk.path))
         flat = disk.path.with_name("flat.raw")
-        await run("qemu-img", "convert", "-q", "-f", "qcow2", "-O", "raw", disk.path, flat)
+        await run("qemu-img", "convert", "-q", "-f", disk.format, "-O", "raw", disk.path, flat)
         name = flat.read_bytes()[:16].rstrip(b"\0").decode()
         flat.unlink()
         return name, facts["virtual-size"] // MIB
 
     async def leave_half_made(self, vm_id: VmId) -> None:
         (self.folder(vm_id) / ".disk.qcow2.new").write_bytes(b"QFI\xfb half")
+        (self.folder(vm_id) / ".disk.raw.new").write_bytes(b"half")
 
     async def remains(self, vm_id: VmId) -> list[str]:
         return [path.name for path in self.folder(vm_id).iterdir()]
@@ -101,6 +110,46 @@ class TestFileStorage(StorageContract):
         with pytest.raises(ImageRefused, match="backing file"):
             await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "evil", 64)
         assert await storage_rig.remains(VM) == []
+
+    async def test_a_root_filesystem_fills_its_disk_and_its_image_stays_as_it_was(self, storage_rig: FileRig) -> None:
+        image = await storage_rig.make_rootfs_image("micro")
+        before = (image / "rootfs.ext4").read_bytes()
+        storage = storage_rig.new_storage()
+        assert await storage.images("rootfs") == ("micro",)
+        disk = await storage.ensure_disk(VM, storage_rig.folder(), "micro", 256, "rootfs")
+        assert disk == Disk(storage_rig.folder() / "disk.raw", "raw")
+        superblock = await run("dumpe2fs", "-h", disk.path)
+        facts = dict(line.split(":", 1) for line in superblock.splitlines() if ":" in line)
+        assert int(facts["Block count"]) * int(facts["Block size"]) == 256 * MIB == disk.path.stat().st_size
+        assert await run("debugfs", "-R", "cat /hello", disk.path) == "from the image"
+        assert disk.path.stat().st_blocks * 512 < 64 * MIB, "what the image does not fill takes no room"
+        assert (image / "rootfs.ext4").read_bytes() == before
+
+    async def test_a_root_filesystem_larger_than_the_disk_is_refused(self, storage_rig: FileRig) -> None:
+        await storage_rig.make_rootfs_image("micro")
+        with pytest.raises(ImageRefused, match=r"8 MiB large.*7 MiB"):
+            await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "micro", 7, "rootfs")
+        assert await storage_rig.remains(VM) == []
+
+    async def test_a_root_filesystem_that_is_none_is_refused_and_leaves_nothing(self, storage_rig: FileRig) -> None:
+        image = await storage_rig.make_rootfs_image("micro")
+        (image / "rootfs.ext4").write_bytes(b"no filesystem" * 1000)
+        with pytest.raises(ImageRefused, match="image micro is no sound ext4 filesystem"):
+            await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "micro", 64, "rootfs")
+        assert await storage_rig.remains(VM) == []
+
+    async def test_a_full_filesystem_is_no_room_for_a_raw_disk_either(self, storage_rig: FileRig, tmp_path: Path) -> None:
+        full = tmp_path / "full"
+        full.mkdir()
+        (storage_rig.image_dir / "other.raw").write_bytes(b"x" * MIB * 4)
+        await run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full)
+        try:
+            (folder := full / VM).mkdir()
+            with pytest.raises(DoesNotFit, match="no room"):
+                await FileStorage(storage_rig.image_dir, full).ensure_disk(VM, folder, "other", 64, "raw")
+            assert list(folder.iterdir()) == []
+        finally:
+            await run("umount", full)
 
     async def test_paths_with_special_characters_reach_qemu_img_whole(self, tmp_path: Path) -> None:
         rig = FileRig(tmp_path / "run,time dir=1", tmp_path / 'ima"ges, dir=ü')
