@@ -58,7 +58,7 @@ class Hub:
                     continue
             elif self._last.get((kind, key)) == mark:
                 continue
-            else:
+            elif kind != "event":  # an event tells something new whenever it is told, and is never gone
                 self._last[kind, key] = mark
             self.revision += 1
             data = b'{"revision":%d,"kind":"%s","id":%s,"object":%s}' % (
@@ -76,6 +76,8 @@ class Hub:
             return self._views.find_vm(key)
         if kind == "env":
             return self._views.find_env(key)
+        if kind == "event":
+            return self._views.find_event(key)
         host = self._views.find_host(key)
         return host if host is not None and host.id == key else None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import structlog
 
+from api import fleet_handlers
 from api.handlers import ROUTES, explain
 from api.hub import Hub
 from api.settings import ControllerSettings, SettingsError
@@ -62,7 +63,8 @@ class ControllerApp:
         fleet = self.controller.fleet
         views = Views(fleet, self.controller.clock)
         self.hub = Hub(fleet, views, self.controller.term)
-        app = application(ROUTES, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
+        routes = [*ROUTES, *fleet_handlers.ROUTES]
+        app = application(routes, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
         self.server = Server.of(app)
 
     async def start(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from reconciler.core import events as core
 from reconciler.core.model import EnvIntent, VmIntent
 from reconciler.fleet import ACCEPTED, Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
 from specs.names import EnvId, HostId, Storage, VmId
-from specs.wire import AgentVm, Condition, Env, FleetStatus, Host, ImageInfo, Phase, Resource, Vm, VmState
+from specs.wire import AgentVm, Condition, Env, Event, FleetStatus, Host, ImageInfo, Phase, Resource, Vm, VmState
 
 _CLOCK_WAS_SET = 2.0  # seconds of difference; less is drift, and following it would make times flicker
 
@@ -178,6 +179,28 @@ class Views:
         """A host by id or address."""
         host = self._fleet.host(host_id)
         return self.host(host) if host else None
+
+    def event(self, event: core.Event) -> Event:
+        """An event."""
+        return Event(
+            id=str(event.id),
+            revision=event.revision,
+            type="Warning" if event.is_warning else "Normal",
+            reason=event.reason,
+            message=event.message,
+            count=event.count,
+            first_seen=event.first_seen,
+            last_seen=event.last_seen,
+            env=event.env,
+            vm=event.vm,
+            vm_name=event.vm_name,
+            host=event.host,
+        )
+
+    def find_event(self, event_id: str) -> Event | None:
+        """An event that is still kept."""
+        event = self._fleet.events.get(int(event_id))
+        return self.event(event) if event else None
 
     def images(self) -> list[ImageInfo]:
         """Every image of every online host."""

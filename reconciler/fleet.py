@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from reconciler.core.events import Reason
 from reconciler.core.model import (
     Absent,
     Change,
@@ -24,11 +25,12 @@ from reconciler.core.model import (
     VmIntent,
 )
 from reconciler.core.place import HostRoom
+from reconciler.events import EventLog
 from specs.desired import VmSpec
 from specs.names import ClusterId, EnvId, HostId, VmId
 from specs.wire import AgentInfo, AgentVm, Phase
 
-Kind = Literal["env", "host", "vm"]
+Kind = Literal["env", "host", "vm", "event"]
 ACCEPTED = "accepted"
 BOOTS_REMEMBERED = 16  # agent processes remembered a host; a reply older than that is long past every time limit
 
@@ -130,8 +132,10 @@ class Fleet:
         *,
         wake: Callable[[VmId], None] = lambda _: None,
         changed: Callable[[Kind, str], None] = lambda *_: None,
+        events: EventLog | None = None,
     ) -> None:
         self.cluster = cluster
+        self.events = events or EventLog()
         self.wake = wake
         self.changed = changed
         self.envs: dict[EnvId, EnvIntent] = {}
@@ -243,6 +247,22 @@ class Fleet:
         if host_id:
             self._add_load(host_id, self.vms[vm_id], -1)
 
+    def note(
+        self, reason: Reason, message: str, *, vm: VmIntent | None = None, env: str = "", host: str = "", news: bool = False
+    ) -> None:
+        """Notes an event for people; about a VM it names the VM's environment and, unless told otherwise, its host."""
+        event = self.events.add(
+            reason,
+            message,
+            env=vm.env_id if vm else env,
+            vm=vm.id if vm else "",
+            vm_name=vm.name if vm else "",
+            host=host or (vm.host_id or "" if vm else ""),
+            news=news,
+        )
+        if event is not None:
+            self.changed("event", str(event.id))
+
     # ---- looking things up
 
     def env_vms(self, env_id: EnvId) -> list[VmIntent]:
@@ -337,6 +357,7 @@ class Fleet:
         host.answered.set()
         if came_back:
             host.report = None
+            self.note("HostOnline", f"host {host.shown_id} answers at {addr}", host=host.shown_id)
         if came_back or before != info:
             self.changed("host", host.shown_id)
             self.wake_unplaced()
@@ -372,10 +393,19 @@ class Fleet:
         host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
         before, host.vms, host.report = host.vms, fresh, report
         self._look_at(look)
+        for vm_id in fresh.keys() - before.keys():
+            if not self._is_ours(vm_id):
+                self._note_stranger(host, fresh[vm_id])
         if last is None or any(not self._is_ours(vm_id) for vm_id in before.keys() ^ fresh.keys()):
             self.wake_unplaced()
             self.changed("host", host.shown_id)
         return True
+
+    def _note_stranger(self, host: HostState, vm: AgentVm) -> None:
+        message = f"host {host.shown_id} has VM {vm.id}, which was never recorded here: adopt it or destroy it by hand"
+        event = self.events.add("UnknownVmFound", message, vm=vm.id, host=host.shown_id, news=True)
+        if event is not None:
+            self.changed("event", str(event.id))
 
     def observe_reply(self, addr: str, vm_id: VmId, vm: AgentVm | None, boot_id: str, seq: int) -> None:
         """Takes over the outcome of a call: the VM as the reply shows it, or None where the reply shows none.
@@ -410,6 +440,7 @@ class Fleet:
         if was_online or changed:
             self.changed("host", host.shown_id)
         if was_online:
+            self.note("HostOffline", f"host {host.shown_id} is offline: {why}", host=host.shown_id)
             self._look_at(vm.id for vm in self.host_vms(HostId(host.shown_id)))
             self.wake_unplaced()
 

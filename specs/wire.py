@@ -184,6 +184,26 @@ class Env(Message):
     conditions: tuple[Condition, ...] = ()
 
 
+class Event(Message):
+    """Something that happened, `count` times; `env`, `vm`, `vm_name` and `host` are "" where none is concerned.
+
+    `revision` grows with every event and repeat over the controller's whole life; `id` stays.
+    """
+
+    id: str
+    revision: int
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+    count: int
+    first_seen: int
+    last_seen: int
+    env: str = ""
+    vm: str = ""
+    vm_name: str = ""
+    host: str = ""
+
+
 class ImageInfo(Message):
     """An image on a host."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from reconciler.core.events import Event
 from specs.desired import EnvSpec, VmSpec
 from specs.names import EnvId, HostId, VmId
 from specs.wire import Phase, VmState
@@ -50,12 +51,16 @@ class VmIntent:
 
 @dataclass(frozen=True, slots=True)
 class HostIntent:
-    """A registered host. `id` is None until the agent has told it."""
+    """A registered host. `id` is None until the agent has told it.
+
+    `drain_total` is how many VMs it held when its draining began; None: it is not being drained.
+    """
 
     addr: str
     id: HostId | None
     registered_at: int
     cordoned: bool = False
+    drain_total: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,8 @@ class Change:
     """One atomic change of desired state, committed by the store and then applied by the fleet.
 
     `vms` inserts rows or updates what people decide (everything but `host_id` and `gone_at`); `placed` and `gone` set those
-    two alone, so that a placement and a deletion on their way at the same time cannot undo each other.
+    two alone, so that a placement and a deletion on their way at the same time cannot undo each other. `events` are kept for
+    people to read; nothing is decided by them.
     """
 
     envs: tuple[EnvIntent, ...] = ()
@@ -167,3 +173,5 @@ class Change:
     drop_vms: tuple[VmId, ...] = ()
     hosts: tuple[HostIntent, ...] = ()
     drop_hosts: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
+    drop_events: tuple[int, ...] = ()

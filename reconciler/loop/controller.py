@@ -11,11 +11,12 @@ from typing import Any
 import structlog
 
 from reconciler.agents import AgentClient, AgentFailure
+from reconciler.events import EventLog
 from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Intents, make_vm_id
 from reconciler.loop.reconciler import Reconciler
-from reconciler.loop.timers import expire_forever, recreate_forever, resync_forever
+from reconciler.loop.timers import expire_forever, keep_events_forever, recreate_forever, resync_forever, save_events
 from reconciler.loop.watchers import Watchers, WatchSettings
 from reconciler.store.database import Database
 from specs.names import HostId, VmId
@@ -44,7 +45,7 @@ class Controller:
         store.open()
         cluster, term = store.begin_term()
         self.term = term
-        self.fleet = Fleet(cluster)
+        self.fleet = Fleet(cluster, events=EventLog(clock.wall, term))
         self.watchers = Watchers(self.fleet, store, lambda addr: AgentClient(addr, cluster, term, agent_key), clock, watch)
 
         def new_vm_id() -> VmId:
@@ -59,13 +60,16 @@ class Controller:
     async def start(self) -> None:
         """Loads what is recorded, and begins to watch and to reconcile."""
         self.fleet.wake = self.reconciler.queue.add
-        self.fleet.apply(self.store.load())
+        recorded = self.store.load()
+        self.fleet.events.load(recorded.events)
+        self.fleet.apply(recorded)
         for addr in self.fleet.hosts:
             self.watchers.add(addr)
         self._spawn(self.reconciler.run(), "reconciler")
         self._spawn(expire_forever(self.fleet, self.intents.expire_env, self.clock), "expiry")
         self._spawn(recreate_forever(self.fleet, self.intents.recreate_lost, self.clock, self._host_loss_grace), "host loss")
         self._spawn(resync_forever(self.fleet, self.store, self.clock), "resync")
+        self._spawn(keep_events_forever(self.fleet, self.store), "events")
         for env_id in list(self.fleet.envs):
             await self.reconciler.resume(env_id)
         log.info("controller started", cluster=self.fleet.cluster, term=self.term, envs=len(self.fleet.envs))
@@ -81,6 +85,7 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.watchers.close()
+        await save_events(self.fleet, self.store)
         self.store.close()
 
     async def add_host(self, addr: str) -> tuple[HostState, bool]:

@@ -14,6 +14,7 @@ from reconciler.core.expiry import expired
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
 from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
+from reconciler.loop.notes import note_replaced, told
 from reconciler.loop.reconciler import Reconciler
 from reconciler.store.database import Database
 from specs.desired import NEVER, EnvSpec, canonical_env
@@ -133,6 +134,8 @@ class Intents:
         if not plan.pending:
             env = replace(env, rolled=env.generation)
         await self._commit(Change(envs=(env,), vms=plan.put))
+        self._fleet.note("Recorded", f"generation {env.generation} is recorded: {told(plan)}", env=env.id)
+        note_replaced(self._fleet, plan.put, f"generation {env.generation} asks for another machine")
         log.info("environment recorded", env=env.id, generation=env.generation, vms=len(plan.plan))
 
     async def set_power(self, env_id: str, power: Literal["running", "stopped"]) -> None:
@@ -143,6 +146,9 @@ class Intents:
             changed = () if env.power == power else (replace(env, power=power),)
             vms = tuple(replace(vm, desired=power) for vm in self._live(env.id) if vm.desired != power)
             await self._commit(Change(envs=changed, vms=vms))
+            if changed:
+                wish = "run" if power == "running" else "be stopped"
+                self._fleet.note("Recorded", f"environment {env_id} is to {wish}", env=env_id)
 
     async def delete_env(self, env_id: str) -> None:
         """Records that nothing of the environment may be left. Raises NoSuch."""
@@ -151,6 +157,8 @@ class Intents:
             changed = () if env.deleting else (replace(env, deleting=True),)
             vms = tuple(replace(vm, desired="absent") for vm in self._live(env.id))
             await self._commit(Change(envs=changed, vms=vms))
+            if changed:
+                self._fleet.note("Recorded", f"environment {env_id} is to be deleted", env=env_id)
 
     async def recreate_lost(self, env_id: EnvId, host_id: HostId) -> None:
         """Records successors for the environment's VMs that a lost host keeps, if they are wanted to run."""
@@ -159,7 +167,14 @@ class Intents:
             if env is None or env.deleting or env.spec.on_host_loss != "recreate":
                 return
             lost = [vm for vm in self._live(env_id) if vm.host_id == host_id and vm.desired == "running"]
-            await self._commit(Change(vms=recreate(env, lost, self._new_vm_id, int(self._clock.wall()))))
+            rows = recreate(env, lost, self._new_vm_id, int(self._clock.wall()))
+            await self._commit(Change(vms=rows))
+            if lost:
+                message = (
+                    f"host {host_id} is given up for lost by environment {env_id}, whose VMs there are made anew elsewhere"
+                )
+                self._fleet.note("HostLost", message, env=env_id, host=host_id)
+            note_replaced(self._fleet, rows, f"host {host_id} is lost")
             for vm in lost:
                 log.warning("vm recreated elsewhere", vm=vm.id, name=vm.name, env=env_id, host=host_id)
 
@@ -168,6 +183,8 @@ class Intents:
         host = self.host(host_id)
         if host.intent.cordoned != cordoned:
             await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned),)))
+            may = "gets no new VMs" if cordoned else "may get new VMs"
+            self._fleet.note("Cordoned" if cordoned else "Uncordoned", f"host {host_id} {may}", host=host.shown_id)
 
     async def expire_env(self, env_id: str) -> None:
         """Deletes the environment unless its lifetime has been changed, or it has gone, while this waited for its turn."""
@@ -177,6 +194,7 @@ class Intents:
                 return
             vms = tuple(replace(vm, desired="absent") for vm in self._live(env.id))
             await self._commit(Change(envs=(replace(env, deleting=True),), vms=vms))
+            self._fleet.note("Expired", f"the lifetime of environment {env_id} is over; it is being deleted", env=env_id)
             log.info("environment expired", env=env_id)
 
     async def extend(self, env_id: str, lifetime: int) -> EnvIntent:
@@ -187,6 +205,8 @@ class Intents:
             expires_at = 0 if lifetime == NEVER else int(self._clock.wall()) + lifetime
             env = replace(env, expires_at=expires_at)
             await self._commit(Change(envs=(env,)))
+            until = f"ends {lifetime} s from now" if expires_at else "never ends"
+            self._fleet.note("Recorded", f"the lifetime of environment {env_id} {until}", env=env_id)
             return env
 
     @staticmethod
@@ -211,6 +231,7 @@ class Intents:
         if other is not None:
             raise Clash(f"host id {told_id} is registered under another address, {other.intent.addr}", "host_id_taken")
         await self._commit(Change(hosts=(HostIntent(addr, told_id, int(self._clock.wall())),)))
+        self._fleet.note("HostRegistered", f"host {told_id or addr} is registered at {addr}", host=told_id or addr)
         return True
 
     async def remove_host(self, host_id: str) -> str:
@@ -221,6 +242,7 @@ class Intents:
             envs = ", ".join(sorted({vm.env_id for vm in placed})[:5])
             raise Clash(f"host {host.shown_id} still has {len(placed)} VMs placed on it (of {envs})", "host_in_use")
         await self._commit(Change(drop_hosts=(host.intent.addr,)))
+        self._fleet.note("HostRemoved", f"host {host.shown_id} is registered no more", host=host.shown_id)
         return host.intent.addr
 
 

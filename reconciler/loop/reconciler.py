@@ -32,6 +32,7 @@ from reconciler.core.place import Unplaceable, place
 from reconciler.core.plan import plan_vm
 from reconciler.fleet import Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
+from reconciler.loop.notes import note_replaced
 from reconciler.loop.workqueue import WorkQueue
 from reconciler.store.database import Database, StoreUnavailable
 from specs.names import EnvId, VmId
@@ -106,6 +107,9 @@ class Reconciler:
             await self._bury_again(intent)
             return
         self.queue.forget_timer(vm_id)
+        seen = self.fleet.seen(intent)
+        if isinstance(seen, Present) and seen.state == "failed" and seen.message and intent.desired != "absent":
+            self.fleet.note("Failed", f"on host {intent.host_id}: {seen.message}", vm=intent, news=True)
         step = self._plan(intent)
         match step:
             case Place():
@@ -128,7 +132,10 @@ class Reconciler:
     async def _place(self, intent: VmIntent) -> None:
         decision = place(intent.env_id, intent.spec, self.fleet.rooms())
         if isinstance(decision, Unplaceable):
-            self._set(intent.id, phase="pending", message=f"waiting for a host: {decision.sentence()}", next_at=None)
+            message = f"waiting for a host: {decision.sentence()}"
+            if self.fleet.status[intent.id].message != message:
+                self.fleet.note("Unplaceable", message, vm=intent)
+            self._set(intent.id, phase="pending", message=message, next_at=None)
             return
         self.fleet.reserve(intent.id, decision.host_id)
         try:
@@ -138,6 +145,7 @@ class Reconciler:
             self.fleet.release(intent.id)
             raise
         self.fleet.apply(change)  # wakes the VM for its create
+        self.fleet.note("Placed", f"placed on host {decision.host_id}", vm=intent, host=decision.host_id)
         self._set(intent.id, phase="progressing", message=f"placed on host {decision.host_id}", next_at=None)
 
     async def _call_host(self, intent: VmIntent) -> None:
@@ -172,10 +180,19 @@ class Reconciler:
             self._fail(intent.id, f"{prefix}: {error}" if answered else f"{prefix}, no answer: {error}")
             return
         log.info("call made", call=verb, vm=intent.id, host=host.shown_id, env=intent.env_id)
+        self._note_call(intent, step)
         self.fleet.observe_reply(host.intent.addr, intent.id, reply.vm, reply.boot_id, reply.seq)
         not_before = self._clock.monotonic() + backoff(attempts)
         self._set(intent.id, retry=Retry(attempts, not_before), next_at=None)
         self.queue.add(intent.id)
+
+    def _note_call(self, intent: VmIntent, step: Call) -> None:
+        seen = self.fleet.seen(intent)
+        if isinstance(step, Create):
+            self.fleet.note("Creating", f"host {intent.host_id} creates it", vm=intent)
+        elif isinstance(step, Start) and isinstance(seen, Present) and seen.reason:
+            why = f"{seen.reason}: {seen.message}" if seen.message else seen.reason
+            self.fleet.note("Restarted", f"started again on host {intent.host_id} ({why})", vm=intent)
 
     async def _send(self, client: AgentClient, host: HostState, intent: VmIntent, step: Call) -> Reply:
         match step:
@@ -203,13 +220,26 @@ class Reconciler:
         elif retry.attempts:
             self.queue.add_at(intent.id, since + STABLE_AFTER)
         self._set(intent.id, phase=step.phase, message=step.message, next_at=None, settled=True, settled_at=since, retry=retry)
+        if not status.settled or status.phase != step.phase:
+            self._note_settled(intent, step)
         if not status.settled:
             await self.roll(intent.env_id)
+
+    def _note_settled(self, intent: VmIntent, step: Done) -> None:
+        match step.phase:
+            case "ready":
+                self.fleet.note("Running", f"runs on host {intent.host_id}", vm=intent, news=True)
+            case "stopped":
+                self.fleet.note("Stopped", step.message or f"stopped on host {intent.host_id}", vm=intent, news=True)
+            case _:
+                self.fleet.note("Failed", step.message, vm=intent, news=True)
 
     async def _forget(self, intent: VmIntent) -> None:
         change = Change(gone=((intent.id, int(self._clock.wall())),))
         await self.store.commit(change)
         self.fleet.apply(change)
+        where = f"host {intent.host_id} confirms that nothing of it is left" if intent.host_id else "it had no host"
+        self.fleet.note("Deleted", where, vm=intent)
         log.info("vm gone", vm=intent.id, host=intent.host_id, env=intent.env_id)
         await self._drop_if_empty(intent.env_id)
         await self.roll(intent.env_id)
@@ -249,6 +279,7 @@ class Reconciler:
             change = Change(envs=(rolled,) if rolled != env else (), vms=plan.put)
             await self.store.commit(change)
             self.fleet.apply(change)
+            note_replaced(self.fleet, plan.put, f"generation {env.generation} asks for another machine")
 
     async def resume(self, env_id: EnvId) -> None:
         """Finishes what an earlier process had begun with an environment; called once at the start."""
@@ -266,6 +297,7 @@ class Reconciler:
             change = Change(drop_envs=(env_id,))
             await self.store.commit(change)
             self.fleet.apply(change)
+            self.fleet.note("Deleted", f"nothing of environment {env_id} is left", env=env_id)
             log.info("environment gone", env=env_id)
 
     # ---- status
@@ -279,6 +311,7 @@ class Reconciler:
         until = self._clock.monotonic() + backoff(attempts)
         phase = "terminating" if intent.desired == "absent" else "degraded"
         retry = Retry(attempts, until, error)
+        self.fleet.note("Failed", error, vm=intent)
         self._set(vm_id, phase=phase, message=error, retry=retry, next_at=until, settled=False)
         self.queue.add_at(vm_id, until)
 

@@ -18,6 +18,7 @@ log = structlog.get_logger()
 
 EXPIRY_EVERY = 1.0  # seconds
 RESYNC_EVERY = 300.0
+EVENTS_EVERY = 5.0  # seconds; what a kill may cost of the events, and nothing else
 TOMBSTONES_KEPT = 86400  # seconds; a create may be that late
 
 
@@ -32,6 +33,7 @@ async def expire_forever(fleet: Fleet, expire_env: Callable[[EnvId], Awaitable[N
         if clock_jumped(wall - before_wall, monotonic - before_monotonic):
             paused_until = monotonic + RESYNC_EVERY
             log.warning("the clock jumped ahead: no environment expires for now", seconds=RESYNC_EVERY)
+            fleet.note("ClockJumped", f"the clock jumped ahead: no environment expires for {RESYNC_EVERY:.0f} s")
         if monotonic < paused_until:
             continue
         for env_id in expired(fleet.envs.values(), int(wall)):
@@ -57,6 +59,25 @@ async def recreate_forever(
                     await recreate_lost(env_id, host.intent.id)
                 except StoreUnavailable as error:
                     log.warning("recreation waits for the store", env=env_id, error=str(error))
+
+
+async def keep_events_forever(fleet: Fleet, store: Database) -> None:
+    """Writes new events in batches, apart from what people and the loop wait for."""
+    while True:
+        await asyncio.sleep(EVENTS_EVERY)
+        await save_events(fleet, store)
+
+
+async def save_events(fleet: Fleet, store: Database) -> None:
+    """Writes what is unsaved of the log of events; what the store refuses stays unsaved."""
+    events, dropped = fleet.events.take_unsaved()
+    if not events and not dropped:
+        return
+    try:
+        await store.commit(Change(events=events, drop_events=dropped))
+    except StoreUnavailable as error:
+        fleet.events.put_back(events, dropped)
+        log.warning("events wait for the store", events=len(events), error=str(error))
 
 
 async def resync_forever(fleet: Fleet, store: Database, clock: Clock) -> None:

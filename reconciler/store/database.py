@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import queue
 import sqlite3
 import threading
@@ -23,8 +24,9 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
+from reconciler.core.events import Event
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
-from reconciler.store.schema import envs, hosts, meta, vms
+from reconciler.store.schema import envs, events, hosts, meta, vms
 from specs.desired import EnvSpec, VmSpec, canonical_env
 from specs.names import ClusterId, EnvId, HostId, VmId
 
@@ -106,8 +108,13 @@ class Database:
                     ),
                     vms=tuple(_vms_from(connection.execute(sa.select(vms).order_by(vms.c.created_at, vms.c.id)))),
                     hosts=tuple(
-                        HostIntent(row.addr, HostId(row.id) if row.id else None, row.registered_at, row.cordoned)
+                        HostIntent(
+                            row.addr, HostId(row.id) if row.id else None, row.registered_at, row.cordoned, row.drain_total
+                        )
                         for row in connection.execute(sa.select(hosts).order_by(hosts.c.registered_at, hosts.c.addr))
+                    ),
+                    events=tuple(
+                        Event(**row._mapping) for row in connection.execute(sa.select(events).order_by(events.c.revision))
                     ),
                 )
             except ValueError as error:
@@ -192,12 +199,14 @@ class Database:
         cache: dict[int, str] = {}
         self._upsert(connection, vms, [_vm_row(vm, cache) for vm in change.vms], keep=("host_id", "gone_at"))
         self._upsert(connection, hosts, [_host_row(host) for host in change.hosts], keep=())
+        self._upsert(connection, events, [dataclasses.asdict(event) for event in change.events], keep=())
         _update_vms(connection, "host_id", change.placed)
         _update_vms(connection, "gone_at", change.gone)
         for table, column, keys in (
             (vms, vms.c.id, change.drop_vms),
             (envs, envs.c.id, change.drop_envs),
             (hosts, hosts.c.addr, change.drop_hosts),
+            (events, events.c.id, change.drop_events),
         ):
             if keys:
                 connection.execute(
@@ -300,4 +309,4 @@ def _vms_from(rows: Iterable[Any]) -> Iterable[VmIntent]:
 
 
 def _host_row(host: HostIntent) -> dict[str, Any]:
-    return {"addr": host.addr, "id": host.id, "registered_at": host.registered_at, "cordoned": host.cordoned}
+    return dataclasses.asdict(host)

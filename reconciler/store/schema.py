@@ -20,6 +20,7 @@ hosts = sa.Table(
     sa.Column("id", sa.Text, nullable=True, unique=True),
     sa.Column("registered_at", sa.BigInteger, nullable=False),
     sa.Column("cordoned", sa.Boolean, nullable=False),
+    sa.Column("drain_total", sa.BigInteger, nullable=True),
 )
 
 envs = sa.Table(
@@ -48,4 +49,20 @@ vms = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("generation", sa.BigInteger, nullable=False),
     sa.Column("gone_at", sa.BigInteger, nullable=False),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("env", sa.Text, nullable=False),
+    sa.Column("vm", sa.Text, nullable=False),
+    sa.Column("vm_name", sa.Text, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("first_seen", sa.BigInteger, nullable=False),
+    sa.Column("last_seen", sa.BigInteger, nullable=False),
 )

@@ -1,0 +1,46 @@
+"""The endpoints of people who run the fleet: events, drains, VMs nobody recorded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from api.handlers import ApiHandler
+from reconciler.core.events import select
+from reconciler.events import KEPT
+from specs.http import Failure
+
+EVENTS_TOLD = 500  # unless `limit` says otherwise
+
+
+class Events(ApiHandler):
+    """/api/events"""
+
+    async def on_get(self) -> None:
+        """What happened, oldest first: `?env= &host= &vm= &since=<revision> &limit=`; `vm` is an id or a name.
+
+        Without `since` the latest ones, with it the first after that revision.
+        """
+        found = select(
+            self.controller.fleet.events,
+            env=self.get_query_argument("env", ""),
+            host=self.get_query_argument("host", ""),
+            vm=self.get_query_argument("vm", ""),
+            since=self._number("since", None),
+            limit=self._number("limit", EVENTS_TOLD) or 0,
+        )
+        self.reply([self.views.event(event) for event in found])
+
+    def _number(self, name: str, default: int | None) -> int | None:
+        asked = self.get_query_argument(name, None)
+        if asked is None:
+            return default
+        if not re.fullmatch(r"\d{1,18}", asked):
+            what = "a revision" if name == "since" else f"a number, at most {KEPT} events are kept"
+            raise Failure(400, "invalid", f"{name} must be {what}")
+        return int(asked)
+
+
+ROUTES: list[Any] = [
+    (r"/api/events", Events),
+]
