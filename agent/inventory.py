@@ -16,7 +16,7 @@ from agent.errors import DoesNotFit, NotFound
 from agent.machine import Lease
 from agent.network.base import Network
 from agent.network.pool import allocate
-from agent.records import RecordStore, VmRecord
+from agent.records import Records, VmRecord
 from agent.watch import Watch
 from specs.names import VmId
 from specs.wire import AgentVm, CreateVmReq, Resource
@@ -42,7 +42,7 @@ class Inventory:
         *,
         host_id: str,
         capacity: Capacity,
-        store: RecordStore,
+        store: Records,
         network: Network,
         port_range: range,
         watch: Watch,

@@ -16,7 +16,7 @@ from agent.entry import Entry
 from agent.errors import AgentError
 from agent.machine import Disk, DiskKind, Machine, Nic, Running
 from agent.network.base import Network
-from agent.records import RecordStore, VmRecord, io_error
+from agent.records import Records, VmRecord, io_error
 from agent.rules import Rules
 from agent.storage.base import Storage
 from specs.names import Engine as EngineKind
@@ -45,7 +45,7 @@ class Lifecycle:
     def __init__(
         self,
         *,
-        store: RecordStore,
+        store: Records,
         engines: Mapping[EngineKind, Engine],
         storage: Storage,
         network: Network,
@@ -71,7 +71,7 @@ class Lifecycle:
 
     async def save(self, entry: Entry, record: VmRecord) -> None:
         """Makes the record durable, then takes it as the entry's."""
-        await _in_thread(lambda: self._store.write(record))
+        await self._store.save(record)
         entry.record = record
 
     async def build(self, entry: Entry) -> None:
@@ -127,7 +127,7 @@ class Lifecycle:
         entry.machine, entry.ruled = None, False
         await self._retract_rules(entry)
         await self._storage.remove_disk(entry.id, entry.folder)
-        await _in_thread(lambda: self._store.discard(entry.id))
+        await self._store.remove(entry.id)
 
     async def _retract_rules(self, entry: Entry) -> None:
         if entry.id not in self._rules.suspected:
@@ -205,15 +205,3 @@ def _recorded(entry: Entry) -> VmRecord:
     if entry.record is None:
         raise AgentError(f"VM {entry.id} has no record on this host")
     return entry.record
-
-
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Runs blocking work; on cancellation still waits for its end, else a late write could bring a removed folder back."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise

@@ -22,7 +22,7 @@ from agent.handlers import Services
 from agent.host import HostFacts
 from agent.machine import Unusable
 from agent.network import pick
-from agent.records import RecordStore, io_error
+from agent.records import Records, RecordStore, io_error
 from agent.runtime import Drivers, Runtime
 from agent.settings import AgentSettings
 from agent.storage.base import Storage
@@ -45,17 +45,21 @@ async def serve(settings: AgentSettings, *, ready: Callable[[str], None] = lambd
     await agent.start()
     try:
         ready(agent.url)
-        await _until_signalled()
+        await until_signalled()
     finally:
         await agent.stop()
 
 
 class Agent:
-    """One agent: `start`, then `url` answers, then `stop`. `drivers` replaces what the settings would choose."""
+    """One agent: `start`, then `url` answers, then `stop`.
 
-    def __init__(self, settings: AgentSettings, *, drivers: Drivers | None = None) -> None:
+    `drivers` replaces what the settings would choose, `records` the runtime folder; nothing is written to disk then.
+    """
+
+    def __init__(self, settings: AgentSettings, *, drivers: Drivers | None = None, records: Records | None = None) -> None:
         self._settings = settings
         self._drivers = drivers
+        self._records = records
         self._open = contextlib.AsyncExitStack()
         self.url = ""
 
@@ -85,15 +89,16 @@ class Agent:
             listen.check_access(has_key=key is not None, insecure=settings.insecure_no_auth)
         except ValueError as error:
             raise AgentError(str(error)) from None
-        for folder in (settings.data_dir, settings.images_at, settings.runtime_at):
-            _make_folder(folder)
-        self._open.enter_context(_alone(settings.runtime_at))
+        if self._records is None:
+            for folder in (settings.data_dir, settings.images_at, settings.runtime_at):
+                _make_folder(folder)
+            self._open.enter_context(_alone(settings.runtime_at))
         host_id = settings.host_id or detect.host_id(settings.data_dir / "host-id")
         drivers = self._drivers or await _choose(settings)
         self._open.push_async_callback(_close, drivers)
         self._runtime = Runtime(
             host_id=host_id,
-            store=RecordStore(settings.runtime_at),
+            store=self._records or RecordStore(settings.runtime_at),
             drivers=drivers,
             capacity=detect.capacity(
                 cpu=settings.cpu_total,
@@ -217,7 +222,8 @@ def _alone(runtime_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-async def _until_signalled() -> None:
+async def until_signalled() -> None:
+    """Returns on SIGTERM or SIGINT."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

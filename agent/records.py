@@ -5,6 +5,7 @@ Called by the runtime, in threads where it matters: all functions block. Knows n
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -12,9 +13,10 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -100,11 +102,57 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Records(Protocol):
+    """Where the records of one host live: on disk, or for simulated hosts in memory."""
+
+    root: Path
+    """The runtime folder."""
+
+    def folder(self, vm_id: VmId) -> Path:
+        """Where the VM's files live or would live. Raises ValueError on an id that could point elsewhere."""
+        ...
+
+    async def open(self) -> tuple[Terms, Loaded]:
+        """What earlier agents of this host have recorded. Raises AgentError if the terms cannot be understood."""
+        ...
+
+    async def save(self, record: VmRecord) -> None:
+        """Returns once the record would survive a crash. Raises DoesNotFit, AgentError."""
+        ...
+
+    async def remove(self, vm_id: VmId) -> None:
+        """Forgets the VM with its folder; nothing there is fine. Raises AgentError."""
+        ...
+
+    async def clear_trash(self) -> tuple[str, ...]:
+        """Removes what an interrupted `remove` left; says what could not be removed."""
+        ...
+
+
 class RecordStore:
-    """The runtime folder: `<root>/<vm_id>/vm.json`. What starts with a dot is the agent's own."""
+    """The runtime folder: `<root>/<vm_id>/vm.json`. What starts with a dot is the agent's own.
+
+    The async methods are those of `Records` and run the blocking ones in a thread.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    async def open(self) -> tuple[Terms, Loaded]:
+        """Terms and records as the folder holds them."""
+        return await asyncio.to_thread(lambda: (Terms(self.root / TERMS), self.load()))
+
+    async def save(self, record: VmRecord) -> None:
+        """`write`, waited for even when cancelled."""
+        await _in_thread(lambda: self.write(record))
+
+    async def remove(self, vm_id: VmId) -> None:
+        """`discard`, waited for even when cancelled."""
+        await _in_thread(lambda: self.discard(vm_id))
+
+    async def clear_trash(self) -> tuple[str, ...]:
+        """`empty_trash`."""
+        return await asyncio.to_thread(self.empty_trash)
 
     def folder(self, vm_id: VmId) -> Path:
         """Where the VM's files live. Raises ValueError on an id that could point elsewhere."""
@@ -188,13 +236,30 @@ def _first_line(error: Exception) -> str:
     return str(error)
 
 
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Runs blocking work; on cancellation still waits for its end, else a late write could bring a removed folder back."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
 class Terms:
     """The highest term seen of each cluster, durable before a call of it has any effect. Blocks; one call at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file. Raises AgentError if it cannot be understood: a forgotten term would let a deposed controller act."""
+    def __init__(self, path: Path | None) -> None:
+        """Reads the file. Raises AgentError if it cannot be understood: a forgotten term would let a deposed controller act.
+
+        Without a path the terms live as long as this object: for simulated hosts, which end with their process.
+        """
         self._path = path
         self._highest: dict[ClusterId, int] = {}
+        if path is None:
+            return
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -223,5 +288,6 @@ class Terms:
         if term == self.highest(cluster):
             return
         wanted = {**self._highest, cluster: term}
-        write_durably(self._path, json.dumps(wanted, sort_keys=True).encode())
+        if self._path is not None:
+            write_durably(self._path, json.dumps(wanted, sort_keys=True).encode())
         self._highest = wanted

@@ -22,7 +22,7 @@ from agent.lifecycle import Gates, Lifecycle
 from agent.network.base import Network
 from agent.network.pool import DEFAULT_PORT_RANGE
 from agent.operations import Operations
-from agent.records import TERMS, Power, RecordStore, Terms
+from agent.records import Power, Records, Terms
 from agent.rules import Rules
 from agent.storage.base import Storage
 from agent.upkeep import Upkeep
@@ -55,7 +55,7 @@ class Runtime:
         self,
         *,
         host_id: str,
-        store: RecordStore,
+        store: Records,
         drivers: Drivers,
         capacity: Capacity,
         port_range: range = DEFAULT_PORT_RANGE,
@@ -106,8 +106,7 @@ class Runtime:
 
     async def start(self) -> None:
         """Reads the records and begins re-adopting; `complete` says when that is done. Raises AgentError."""
-        self._terms = await asyncio.to_thread(lambda: Terms(self._store.root / TERMS))
-        loaded = await asyncio.to_thread(self._store.load)
+        self._terms, loaded = await self._store.open()
         for vm_id, why in loaded.unreadable.items():
             log.error("record_unreadable", vm_id=vm_id, why=why)
             self._inventory.take_over_unreadable(vm_id, why)
@@ -270,5 +269,5 @@ class Runtime:
             self._operations.exited(entry)
 
     async def _clear_trash(self) -> None:
-        for folder in await asyncio.to_thread(self._store.empty_trash):
+        for folder in await self._store.clear_trash():
             log.warning("trash_stays", folder=folder)

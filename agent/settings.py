@@ -26,7 +26,7 @@ def default_data_dir() -> Path:
     return _ROOT_DATA if os.geteuid() == 0 else Path.home() / ".local" / "share" / "muster"
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """`qemu,docker` as a list; "auto" and nothing mean every usable engine."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip() and part.strip().lower() != "auto")
@@ -75,7 +75,7 @@ class AgentSettings(BaseModel):
     """Made from the host name and kept in `<data_dir>/host-id` if not given."""
     labels: Annotated[dict[Name, Label], BeforeValidator(_labels)] = Field(default_factory=dict)
 
-    engines: Annotated[tuple[EngineName, ...], BeforeValidator(_listed)] = ()
+    engines: Annotated[tuple[EngineName, ...], BeforeValidator(listed)] = ()
     """Engines that must work, or the agent does not start; none given: all that work."""
     network: Literal["auto", "bridge", "user"] = "auto"
     accel: Literal["auto", "kvm", "tcg"] = "auto"

@@ -59,6 +59,20 @@ _agent_options = _options(
     _flag("--forward-addrs", "Addresses that forwards listen on in the user network.", metavar="LIST"),
 )
 
+_simulation_options = _options(
+    _flag(
+        "--simulate", "Pretend to be N hosts, on consecutive ports from --listen on.", type=click.IntRange(1, 5000), metavar="N"
+    ),
+    _flag("--seed", "Of what is drawn for simulated hosts [1].", type=int, metavar="N"),
+    _flag("--latency", "How long a simulated machine takes to start or stop, such as 50ms or 10ms-2s.", metavar="TIME"),
+    _flag("--fail-rate", "Share of simulated starts, stops and removals that fail, such as 0.05.", metavar="SHARE"),
+    _flag("--crash-rate", "How often a simulated machine crashes, such as 2/h.", metavar="RATE"),
+    _flag("--zones", "Give simulated hosts the labels zone=zone-1 to zone=zone-N in turn.", type=_SIZE, metavar="N"),
+    _flag("--images", "Base images of simulated hosts [tiny,debian,alpine-cloud].", metavar="LIST"),
+)
+_SIMULATION = ("simulate", "seed", "latency", "fail_rate", "crash_rate", "zones", "images")
+_REAL_ONLY = ("image_dir", "runtime_dir", "network", "accel", "docker", "bridge", "forward_addrs")
+
 
 @click.command()
 @_flag("--listen", "Address of the API and the dashboard.", metavar="HOST:PORT", default="127.0.0.1:9200", show_default=True)
@@ -89,25 +103,36 @@ def controller(data_dir: Path | None, **given: Any) -> None:
 @_flag("--listen", "Address of the agent's API.", metavar="HOST:PORT", default="127.0.0.1:9100", show_default=True)
 @_server_options
 @_agent_options
+@_simulation_options
 def agent(data_dir: Path | None, **given: Any) -> None:
     """Run the agent of this host: it makes, stops, starts and removes VMs and containers.
 
     VMs keep running when it ends, and are found again when it starts.
+
+    With --simulate it pretends to be many hosts instead: the same API, but machines, disks and networks exist in memory
+    alone. Records are kept in memory too unless --data-dir is given.
     """
     from pydantic import ValidationError
 
     from agent.errors import AgentError
     from agent.main import serve
     from agent.settings import AgentSettings
+    from agent.simulate import Simulation
+    from agent.simulate import serve as serve_simulated
 
     if given.get("api_key"):
         given["api_key_file"] = None
+    simulated, given = _split_simulation(given)
     try:
         settings = AgentSettings.model_validate({"data_dir": data_dir or default_data_dir(), **_given(given)})
+        simulation = Simulation.model_validate(simulated) if simulated else None
     except ValidationError as error:
         raise click.UsageError(_flags_at_fault(error.errors())) from None
     try:
-        asyncio.run(serve(settings, ready=_announce))
+        if simulation:
+            asyncio.run(serve_simulated(settings, simulation, data_dir=data_dir, ready=_announce))
+        else:
+            asyncio.run(serve(settings, ready=_announce))
     except AgentError as error:
         raise Failure(error.message) from None
     except OSError as error:
@@ -134,6 +159,7 @@ def agent(data_dir: Path | None, **given: Any) -> None:
 @click.option("--destroy-on-exit", is_flag=True, help="Destroy every environment before ending, so that nothing keeps running.")
 @_server_options
 @_agent_options
+@_simulation_options
 def up(
     listen: str,
     agent_listen: str,
@@ -147,7 +173,7 @@ def up(
     """Run a controller and an agent on this machine, until Ctrl-C.
 
     Each runs in a process of its own and is started again should it end. VMs keep running afterwards, and are found again
-    by the next `muster up`.
+    by the next `muster up`. With --simulate N the agent pretends to be N hosts, and all of them are registered.
     """
     from api.cli.up import Part, run
     from specs.desired import check_addr
@@ -157,7 +183,9 @@ def up(
             check_addr(address)
         except ValueError:
             raise click.UsageError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:9200") from None
-    shared = ["--data-dir", str((data_dir or default_data_dir()).absolute())]
+    simulated, _ = _split_simulation(of_agent)
+    data = ["--data-dir", str((data_dir or default_data_dir()).absolute())]
+    shared = []
     if api_key_file and not api_key:
         shared += ["--api-key-file", str(api_key_file.absolute())]
     if insecure_no_auth:
@@ -166,8 +194,9 @@ def up(
     # A key goes through the environment: arguments of a process can be read by every user of the machine.
     secret = {"MUSTER_API_KEY": api_key} if api_key else {}
     run(
-        Part("controller", listen, ["controller", "--listen", listen, *shared], secret),
-        Part("agent", agent_listen, ["agent", "--listen", agent_listen, *shared, *own], secret),
+        Part("controller", listen, ["controller", "--listen", listen, *data, *shared], secret),
+        Part("agent", agent_listen, ["agent", "--listen", agent_listen, *([] if simulated else data), *shared, *own], secret),
+        hosts=simulated.get("simulate", 1),
         key=lambda: read_api_key(api_key, api_key_file),
         destroy_on_exit=destroy_on_exit,
     )
@@ -179,6 +208,18 @@ def _announce(url: str) -> None:
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def _split_simulation(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what concerns simulated hosts, the rest). Raises UsageError on options of one kind of host given to the other."""
+    simulated = _given({name: values[name] for name in _SIMULATION})
+    rest = {name: value for name, value in values.items() if name not in _SIMULATION}
+    wrong = [name for name in _REAL_ONLY if "simulate" in simulated and rest.get(name) is not None]
+    if wrong:
+        raise click.UsageError(f"--{wrong[0].replace('_', '-')} means nothing to simulated hosts; leave it out")
+    if simulated and "simulate" not in simulated:
+        raise click.UsageError(f"--{next(iter(simulated)).replace('_', '-')} needs --simulate N: it concerns simulated hosts")
+    return simulated, rest
 
 
 def _flags_at_fault(errors: Any) -> str:

@@ -48,19 +48,22 @@ class Part:
         return f"http://{_NEAR.get(host, host)}:{port}"
 
 
-def run(controller: Part, agent: Part, *, key: Callable[[], str | None], destroy_on_exit: bool) -> None:
+def run(controller: Part, agent: Part, *, key: Callable[[], str | None], destroy_on_exit: bool, hosts: int = 1) -> None:
     """Runs both until SIGINT or SIGTERM, and registers the agent. `key` tells the API key once the controller runs.
 
-    Raises Failure when one of them cannot be started.
+    `hosts` is how many consecutive ports the agent answers on. Raises Failure when one of them cannot be started.
     """
-    asyncio.run(_Up(controller, agent, key, destroy_on_exit=destroy_on_exit).run())
+    asyncio.run(_Up(controller, agent, key, destroy_on_exit=destroy_on_exit, hosts=hosts).run())
 
 
 class _Up:
-    def __init__(self, controller: Part, agent: Part, key: Callable[[], str | None], *, destroy_on_exit: bool) -> None:
+    def __init__(
+        self, controller: Part, agent: Part, key: Callable[[], str | None], *, destroy_on_exit: bool, hosts: int
+    ) -> None:
         self._controller, self._agent = _Keeper(controller), _Keeper(agent)
         self._key = key
         self._destroy = destroy_on_exit
+        self._hosts = hosts
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -107,15 +110,21 @@ class _Up:
         return Client(self._controller.part.url, self._key())
 
     def _register(self) -> str:
+        name, _, port = self._agent.part.url.removeprefix("http://").rpartition(":")
         with self._client() as client:
             try:
-                host = client.add_host(HostSpec(addr=self._agent.part.url.removeprefix("http://")))
+                for number in range(int(port), int(port) + self._hosts):
+                    host = client.add_host(HostSpec(addr=f"{name}:{number}"))
             except ApiError as error:
                 before = re.search(r"another address, (\S+)", str(error))
                 if error.status != 409 or not before:
                     raise
                 raise Failure(f"{error}; start it there again with --agent-listen {before[1]}") from None
-            return f"{host.id} ({host.state})"
+            return (
+                f"{host.id} ({host.state})"
+                if self._hosts == 1
+                else f"{self._hosts} simulated, the last is {host.id} ({host.state})"
+            )
 
     async def _until_stopped(self) -> None:
         keepers = [asyncio.create_task(keeper.keep()) for keeper in (self._controller, self._agent)]
