@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from agent.engines.fake import FakeEngine, FakeEngines
 from agent.errors import AgentError
 from agent.faults import Faults
-from agent.machine import Disk
+from agent.machine import Disk, DiskKind
 from agent.main import Agent, until_signalled
 from agent.network.fake import FakeHost, FakeNetwork
 from agent.records import Loaded, Terms, VmRecord
@@ -138,9 +138,9 @@ class Peace(Faults):
 class SimulatedStorage(FakeStorage):
     """Disks in memory. The runtime looks whether a disk's path exists before it boots it again."""
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int) -> Disk:
+    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
         """A disk of which there is only the size."""
-        await super().ensure_disk(vm_id, folder, image, size_mib)
+        await super().ensure_disk(vm_id, folder, image, size_mib, kind)
         return Disk(Path(os.devnull), "raw")
 
 
@@ -217,7 +217,8 @@ class SimulatedHosts:
         )
         trouble = Trouble(simulation, Random(f"{simulation.seed}/{number}"))  # noqa: S311 trouble is to be repeatable
         machines = FakeEngines(images=simulation.images, faults=trouble)
-        disks = FakeDisks(dict.fromkeys(simulation.images, _IMAGE_MIB), total_mib=own.disk_total, faults=Peace())
+        images = dict.fromkeys(simulation.images, _IMAGE_MIB)
+        disks = FakeDisks(images=images, rootfs_images=images, total_mib=own.disk_total, faults=Peace())
         containers = FakeEngines(images=(*simulation.images, _CONTAINER_IMAGE), faults=trouble)
         engines = {
             kind: FakeEngine(containers if kind.is_container else machines, kind) for kind in settings.engines or _ENGINES
