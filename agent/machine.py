@@ -42,11 +42,12 @@ class Nic:
     """How an engine plugs a VM into the network that `Network.ensure` prepared.
 
     kind `tap`: attach to the existing tap `link`, which is on bridge `bridge`. kind `bridge`: no tap was made; the engine
-    attaches to `bridge` itself (containers). kind `user`: the engine does the networking and forwards `lease.ports`
-    from all of the host's addresses in `forward_addrs`; with `lease.deny_outgoing` nothing but replies may leave.
+    attaches to `bridge` itself (containers). kind `vnet`: interface `link` is for the jail, its other end is on `bridge`.
+    kind `user`: the engine does the networking and forwards `lease.ports` from all of the host's addresses in
+    `forward_addrs`; with `lease.deny_outgoing` nothing but replies may leave.
     """
 
-    kind: Literal["tap", "bridge", "user"]
+    kind: Literal["tap", "bridge", "vnet", "user"]
     lease: Lease
     subnet: IPv4Network
     gateway: IPv4Address

@@ -91,7 +91,7 @@ def _nic_argv(nic: Nic) -> list[str]:
             backend = f"tap,id=net,ifname={nic.link},script=no,downscript=no"
         case "user":
             backend = ",".join(["user,id=net", *_user_options(nic)])
-        case "bridge":
+        case "bridge" | "vnet":
             raise AgentError("QEMU cannot join a bridge without a tap; the network driver must give it one")
     device = f"virtio-net-pci,netdev=net,mac={nic.lease.mac},romfile="
     if nic.mtu != 1500:

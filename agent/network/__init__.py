@@ -46,12 +46,21 @@ async def pick(
 
 
 async def _bridge(name: str, subnet: IPv4Network, *, docker_user: bool, tap_owner: int | None) -> Network | Unusable:
-    if sys.platform != "linux":
-        return Unusable(f"bridges are made on Linux only, this is {sys.platform}")
-    # pyroute2 exists on Linux alone.
-    from agent.network.linux import BridgeNetwork  # noqa: PLC0415
+    network: Network
+    if sys.platform == "linux":
+        # pyroute2 exists on Linux alone.
+        from agent.network.linux import BridgeNetwork  # noqa: PLC0415
 
-    network = BridgeNetwork(name, subnet, docker_user=docker_user, tap_owner=tap_owner)
+        network = BridgeNetwork(name, subnet, docker_user=docker_user, tap_owner=tap_owner)
+    elif sys.platform.startswith("freebsd"):
+        from agent.network.freebsd import PfNetwork  # noqa: PLC0415
+
+        try:
+            network = PfNetwork(name, subnet)
+        except ValueError as error:
+            return Unusable(str(error))
+    else:
+        return Unusable(f"bridges are made on Linux and FreeBSD only, this is {sys.platform}")
     probe = await network.probe()
     if isinstance(probe, Unusable):
         return probe

@@ -11,18 +11,16 @@ every guest and decides with connection tracking. Syntax: nft(8), version 1.0.6 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from agent.errors import Conflict
 from agent.machine import Lease, short_hash
+from agent.network.leases import check_leases, environments, is_mac
 from specs.names import VmId
 
 DEFAULT_BRIDGE = "muster0"
 _LINK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # fits a kernel link (15 characters) and an nft identifier
-_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _PREFIX = "muster_"
 
 
@@ -53,7 +51,7 @@ class Site:
     def __post_init__(self) -> None:
         if not _LINK_NAME.fullmatch(self.bridge):
             raise ValueError(f"bridge {self.bridge!r} must be 1-15 of A-Z a-z 0-9 _ - and start with a letter")
-        if not _MAC.fullmatch(self.mac):
+        if not is_mac(self.mac):
             raise ValueError(f"{self.mac!r} is no MAC address")
 
     @property
@@ -76,29 +74,13 @@ def render(site: Site, leases: Mapping[VmId, Lease]) -> str:
     if not leases:
         return clear(site)
     vms = sorted(leases.items(), key=lambda item: item[1].ip)
-    _check(site, vms)
+    check_leases(site.subnet, site.gateway, vms)
     return clear(site) + _inet_table(site, vms) + _bridge_table(site, vms)
-
-
-def _check(site: Site, vms: list[tuple[VmId, Lease]]) -> None:
-    holders: dict[str, VmId] = {}
-    for vm_id, lease in vms:
-        if not _MAC.fullmatch(lease.mac):
-            raise Conflict(f"the lease of {vm_id} has {lease.mac!r} where a MAC address belongs")
-        if lease.ip not in site.subnet or lease.ip == site.gateway:
-            raise Conflict(f"the lease of {vm_id} holds {lease.ip}, which is not a guest address of {site.subnet}")
-        for guest, host in lease.ports.items():
-            if not (0 < guest < 65536 and 0 < host < 65536):
-                raise Conflict(f"the lease of {vm_id} forwards {host} to {guest}, which are not both ports")
-        for held in (f"address {lease.ip}", f"MAC {lease.mac}", *(f"host port {port}" for port in lease.ports.values())):
-            other = holders.setdefault(held, vm_id)
-            if other != vm_id:
-                raise Conflict(f"{other} and {vm_id} both hold {held}; delete one of them")
 
 
 def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
     bridge, subnet, gateway = f'"{site.bridge}"', site.subnet, site.gateway
-    shared = _environments(vms)
+    shared = environments(vms)
     forwards = (f"{host} : {vm.ip} . {guest}" for _, vm in vms for guest, host in sorted(vm.ports.items()))
     quiet = (str(vm.ip) for _, vm in vms if vm.deny_outgoing)
     neighbours = (f"{ip} : jump env_{number}" for number, ips in enumerate(shared) for ip in ips)
@@ -211,14 +193,6 @@ def _bridge_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
 	}}
 }}
 """
-
-
-def _environments(vms: list[tuple[VmId, Lease]]) -> list[list[IPv4Address]]:
-    """Addresses that may speak to each other, grouped; a VM alone in its environment needs no group."""
-    groups: defaultdict[str, list[IPv4Address]] = defaultdict(list)
-    for _, lease in vms:
-        groups[lease.env_id].append(lease.ip)
-    return [ips for _, ips in sorted(groups.items()) if len(ips) > 1]
 
 
 def _set(kind_and_name: str, of: str, elements: Iterable[str]) -> str:

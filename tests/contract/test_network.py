@@ -1,4 +1,4 @@
-"""The network contract on every driver: in memory, user mode, and the Linux bridge in a namespace of its own."""
+"""The network contract on every driver: in memory, user mode, the Linux bridge in a namespace, FreeBSD's on stand-ins."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pytest
 
 from agent.network.base import Network
 from agent.network.fake import FakeHost, FakeNetwork
+from agent.network.freebsd import PfNetwork
 from agent.network.linux import BridgeNetwork
 from agent.network.user import UserNetwork
+from specs.names import Engine
 from tests.contract.network_contract import NetworkContract, NetworkRig, in_set
+from tests.freebsd_fixture import FreeBsd, freebsd  # noqa: F401
 from tests.netns import Lab, command, inside
 
 SUBNET = IPv4Network("10.91.0.0/24")
@@ -85,3 +88,22 @@ class TestBridgeNetwork(NetworkContract):
     @pytest.fixture
     def rig(self, own_namespace: None) -> NetworkRig:
         return HostRig(BridgeNetwork("mtt0", SUBNET), BridgeNetwork("mtt0", SUBNET))
+
+
+class FreeBsdRig(HostRig):
+    """A rig of stand-ins."""
+
+    def __init__(self, host: FreeBsd) -> None:
+        super().__init__(PfNetwork("mtt0", SUBNET), PfNetwork("mtt0", SUBNET))
+        self.host = host
+
+    def left(self) -> frozenset[str]:
+        return frozenset(self.host.links() | set(self.host.state["pf"]["anchors"]))
+
+
+class TestPfNetwork(NetworkContract):
+    engines = (Engine.QEMU, Engine.BHYVE, Engine.JAIL)
+
+    @pytest.fixture
+    def rig(self, freebsd: FreeBsd) -> NetworkRig:  # noqa: F811
+        return FreeBsdRig(freebsd)
