@@ -79,6 +79,12 @@ _REAL_ONLY = ("image_dir", "runtime_dir", "network", "accel", "docker", "bridge"
 @_server_options
 @_flag("--agent-key", "The key of the agents [the controller's own]; MUSTER_AGENT_KEY is safer.", metavar="KEY")
 @_flag(
+    "--heartbeat",
+    "Seconds between an agent's signs of life; after three missed ones a host is offline [10].",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+)
+@_flag(
     "--host-loss-grace",
     "Seconds a host must be offline before VMs with on_host_loss: recreate are made elsewhere [300].",
     type=click.FloatRange(min=0),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import structlog
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-from reconciler.agents import AgentClient, AgentFailure
+from reconciler.agents import AgentClient, AgentFailure, Unreachable
 from reconciler.core.model import Change
 from reconciler.fleet import Fleet, Report
 from reconciler.loop.clock import Clock
@@ -17,6 +18,7 @@ from reconciler.store.database import Database, StoreUnavailable
 from specs.wire import AgentInfo
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Watchers:
         after = ""
         while True:
             tick = self._fleet.tick()
-            listing = await client.list_vms(watch=self._settings.heartbeat if after else 0, after=after)
+            listing = await self._patiently(client.list_vms(watch=self._settings.heartbeat if after else 0, after=after))
             if addr not in self._fleet.hosts:
                 return
             now = self._clock.monotonic()
@@ -138,7 +140,7 @@ class Watchers:
                 asked_at = await self._introduce(addr, client)
 
     async def _introduce(self, addr: str, client: AgentClient) -> float:
-        info = await client.info()
+        info = await self._patiently(client.info())
         await self._check_identity(addr, info)
         now = self._clock.monotonic()
         if addr in self._fleet.hosts:
@@ -146,6 +148,15 @@ class Watchers:
                 log.info("host online", host=info.host_id, addr=addr)
             self._fleet.observe_info(addr, info, now)
         return now
+
+    async def _patiently(self, answer: Coroutine[Any, Any, T]) -> T:
+        """The answer, or Unreachable with the last missed heartbeat: the client's own time limit may be much longer."""
+        patience = self._settings.heartbeat * self._settings.missed
+        try:
+            async with asyncio.timeout(patience):
+                return await answer
+        except TimeoutError:
+            raise Unreachable(f"no answer within {patience:g} s") from None
 
     async def _check_identity(self, addr: str, info: AgentInfo) -> None:
         host = self._fleet.hosts.get(addr)
