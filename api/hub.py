@@ -13,12 +13,12 @@ from collections.abc import Callable
 import orjson
 
 from api.views import Views
+from reconciler.events import REVISION_BITS
 from reconciler.fleet import Fleet, Kind
 from specs.wire import Message
 
 RING = 8192  # changes kept
 KEEP_ALIVE = 10.0  # seconds
-_TERM_BITS = 32
 
 
 class TooOld(Exception):
@@ -31,7 +31,7 @@ class Hub:
     def __init__(self, fleet: Fleet, views: Views, term: int) -> None:
         self._fleet = fleet
         self._views = views
-        self._first = self.revision = term << _TERM_BITS
+        self._first = self.revision = term << REVISION_BITS
         self._ring: deque[tuple[int, bytes]] = deque(maxlen=RING)
         self._pending: dict[tuple[Kind, str], None] = {}
         self._last: dict[tuple[Kind, str], int] = {}

@@ -12,7 +12,9 @@ from reconciler.core.events import Event, Reason
 
 KEPT = 5000  # events in all
 KEPT_OF_A_KIND = 8  # different messages of one reason about the same VM, environment or host
-_TERM_BITS = 32
+# A term is a time in seconds: below 2**23 changes a second a revision of an earlier process is always lower, and with 30 bits
+# for the term no revision is beyond what JavaScript counts exactly (2**53).
+REVISION_BITS = 23
 
 
 class EventLog:
@@ -20,7 +22,7 @@ class EventLog:
 
     def __init__(self, wall: Callable[[], float] = lambda: 0.0, term: int = 0) -> None:
         self._wall = wall
-        self._revision = term << _TERM_BITS
+        self._revision = term << REVISION_BITS
         self._events: OrderedDict[int, Event] = OrderedDict()
         self._ids: dict[tuple[str, ...], int] = {}
         self._kinds: defaultdict[tuple[str, ...], dict[int, None]] = defaultdict(dict)

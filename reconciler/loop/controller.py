@@ -43,7 +43,7 @@ class Controller:
         self.clock = clock
         self.store = store
         store.open()
-        cluster, term = store.begin_term()
+        cluster, term = store.begin_term(clock.wall())
         self.term = term
         self.fleet = Fleet(cluster, events=EventLog(clock.wall, term))
         self.watchers = Watchers(self.fleet, store, lambda addr: AgentClient(addr, cluster, term, agent_key), clock, watch)

@@ -33,6 +33,7 @@ from specs.names import ClusterId, EnvId, HostId, VmId
 log = structlog.get_logger()
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+TERM_EPOCH = 1735689600  # 2025-01-01 UTC: terms are seconds since then, and fit into 30 bits for 34 years
 BUSY_SECONDS = 5.0  # how long a write waits for another process that holds the database before it is refused
 _MAX_GROUP = 4096  # changes a transaction
 
@@ -88,12 +89,16 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="store-writer", daemon=True)
         self._writer.start()
 
-    def begin_term(self) -> tuple[ClusterId, int]:
-        """The cluster's id, made at first, and a term higher than every one before; both durable on return."""
+    def begin_term(self, now: float = 0.0) -> tuple[ClusterId, int]:
+        """The cluster's id, made at first, and a term higher than every one before; both durable on return.
+
+        `now` (Unix seconds) is what makes it higher than terms this store has never heard of: agents have seen those of the
+        store in whose place an older copy was put, and would refuse every call of a lower one.
+        """
         with self._open_engine().begin() as connection:
             rows = {row.key: row.value for row in connection.execute(sa.select(meta))}
             cluster = rows.get("cluster") or uuid.uuid4().hex[:12]
-            term = int(rows.get("term", "0")) + 1
+            term = max(int(rows.get("term", "0")) + 1, int(now) - TERM_EPOCH)
             for key, value in (("cluster", cluster), ("term", str(term))):
                 self._upsert(connection, meta, [{"key": key, "value": value}], keep=())
         return ClusterId(cluster), term

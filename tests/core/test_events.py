@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reconciler import events as log_module
 from reconciler.core.events import select
-from reconciler.events import KEPT_OF_A_KIND, EventLog
+from reconciler.events import KEPT_OF_A_KIND, REVISION_BITS, EventLog
 
 names = st.sampled_from(["", "a", "b"])
 notes = st.lists(
@@ -61,7 +61,7 @@ def test_the_log_stays_bounded_and_the_store_can_follow_it(
         assert sorted(stored) == sorted(event.id for event in log)
         assert {event.id: event for event in log} == stored
         revisions = [event.revision for event in log]
-        assert revisions == sorted(set(revisions)) and all(revision > 3 << 32 for revision in revisions)
+        assert revisions == sorted(set(revisions)) and all(revision > 3 << REVISION_BITS for revision in revisions)
         again = EventLog(term=4)
         again.load(log)
         assert list(again) == list(log) and again.take_unsaved() == ((), ())

@@ -208,10 +208,10 @@ class SimDatabase(Database):
         self._writer = None
         self._engine = None
 
-    def begin_term(self) -> Any:
+    def begin_term(self, now: float = 0.0) -> Any:
         """As in production, between two crash points."""
         self._process.point("store term")
-        cluster, term = super().begin_term()
+        cluster, term = super().begin_term(now)
         self.disk.mirror.term = term
         self._process.point("store term done")
         return cluster, term

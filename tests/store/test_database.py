@@ -103,6 +103,23 @@ def test_terms_only_grow_and_the_cluster_stays(path: Path) -> None:
     assert [term for _, term in seen] == [1, 2, 3] and len({cluster for cluster, _ in seen}) == 1
 
 
+def test_a_store_put_back_from_an_older_copy_begins_a_term_higher_than_those_it_never_heard_of(path: Path) -> None:
+    def begin(now: float) -> int:
+        store = Database.at(path)
+        store.open()
+        term = store.begin_term(now)[1]
+        store.close()
+        return term
+
+    began = 1_800_000_000.5
+    first = begin(began)
+    copy = path.read_bytes()
+    later = [begin(began), begin(began - 3600), begin(began + 5)]
+    assert [first, *later] == sorted({first, *later})
+    path.write_bytes(copy)
+    assert begin(began + 3600) > later[-1]
+
+
 async def test_a_locked_database_refuses_the_write_and_recovers(
     store: Database, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
