@@ -247,16 +247,10 @@ class Chaos:
         until(lambda: {env["id"] for env in self.site.data("/api/envs")} == wished, "deleted environments are gone")
 
     def _check(self) -> tuple[str, ...]:
-        """The violations on hosts at rest: what is seen once and not again was on its way."""
-        deadline = time.monotonic() + 10.0
-        found = self.site.found()
-        while any(there.stray for there in found.values()) and time.monotonic() < deadline:
-            time.sleep(0.3)
-            found = self.site.found()
         surprises = [surprise for person in self._people for surprise in person.surprises]
         for person in self._people:
             person.surprises.clear()
-        return (*surprises, *self.judge.violations(self._wishes(), found))
+        return (*surprises, *self.judge.violations(self._wishes(), self.site.settled()))
 
 
 def run(rounds: int, seed: int, hosts: int, say: Callable[[str], None]) -> list[Round]:

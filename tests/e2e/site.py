@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from tests.netns import Lab, command, inside
 KEY = "a-key-of-this-test"
 HEARTBEAT = 1.0  # seconds
 GRACE = 4.0  # seconds offline until VMs with `on_host_loss: recreate` are made anew
+DISK_MIB = 8
 Direction = Literal["both ways", "to the host", "from the host"]
 _FORWARD = re.compile(r"(\d+) : (\d+\.\d+\.\d+\.\d+) \. (\d+)")
 
@@ -88,7 +90,7 @@ class Host:
         return {line.split()[0].removeprefix("/muster-"): int(line.split()[1]) for line in lines}
 
     def _strays(self, records: dict[str, Any], containers: dict[str, int]) -> Iterator[str]:
-        folders = {path.name for path in self.vms.iterdir() if not path.name.startswith((".lock", ".terms.json"))}
+        folders = {path.name for path in self.vms.iterdir() if path.name not in (".lock", ".terms.json", ".ballast")}
         for vm_id in sorted(folders - records.keys()):
             yield f"folder {vm_id} without a record"
         for vm_id in sorted(records.keys() - containers.keys()):
@@ -233,6 +235,15 @@ class Site:
         with ThreadPoolExecutor(len(self.hosts)) as pool:
             return dict(zip((host.name for host in self.hosts), pool.map(Host.found, self.hosts), strict=True))
 
+    def settled(self) -> dict[str, Found]:
+        """The same of hosts at rest: what is stray at first may only be on its way."""
+        deadline = time.monotonic() + 15.0
+        found = self.found()
+        while any(there.stray for there in found.values()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            found = self.found()
+        return found
+
     def cut(self, host: Host, direction: Direction) -> None:
         """From now on packets between controller and host are lost, both ways or one way."""
         self._cut[host.addr.partition(":")[0]] = direction
@@ -274,8 +285,11 @@ def asked(client: httpx.Client, method: str, path: str, body: object = None) -> 
 
 
 @contextlib.contextmanager
-def site(hosts: int, *, agent_words: tuple[str, ...] = ()) -> Iterator[Site]:
-    """A site whose docker daemons run and have IMAGE; `Site.start` starts the rest. Everything is gone afterwards."""
+def site(hosts: int, *, small_disks: bool = False) -> Iterator[Site]:
+    """A site whose docker daemons run and have IMAGE; `Site.start` starts the rest. Everything is gone afterwards.
+
+    `small_disks`: the store and each host's folder of VMs are filesystems of DISK_MIB of their own, which can be filled.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mts"))  # short: sockets below it must fit into 107 characters
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
@@ -290,27 +304,60 @@ def site(hosts: int, *, agent_words: tuple[str, ...] = ()) -> Iterator[Site]:
         ]
         built = Site(folder, namespace, Part(words, folder / "controller.log", namespace), [])
         for number in range(hosts):
-            host = _host(folder / f"h{number}", number, lab.namespace(f"h{number}"), key, agent_words)
+            host = _host(folder / f"h{number}", number, lab.namespace(f"h{number}"), key)
             lab.cable(namespace, f"10.90.{number}.1/30", host.namespace, f"10.90.{number}.2/30")
             built.hosts.append(host)
+        (folder / "store").mkdir()
+        if small_disks:
+            for place in (folder / "store", *(host.vms for host in built.hosts)):
+                stack.enter_context(_small_disk(place))
         stack.callback(_end, built)
         with ThreadPoolExecutor(hosts) as pool:
             list(pool.map(_start_docker, built.hosts))
         yield built
 
 
-def _host(folder: Path, number: int, namespace: str, key: Path, agent_words: tuple[str, ...]) -> Host:
-    folder.mkdir()
-    (folder / "vms").mkdir()
+def _host(folder: Path, number: int, namespace: str, key: Path) -> Host:
+    (folder / "vms").mkdir(parents=True)
     docker = DockerDaemon(folder / "dk", namespace)
     addr = f"10.90.{number}.2:9100"
     words = [
         *("agent", "--listen", addr, "--api-key-file", str(key), "--data-dir", str(folder / "data")),
         *("--runtime-dir", str(folder / "vms"), "--host-id", f"host-{number}", "--engines", "docker"),
         *("--network", "bridge", "--subnet", f"10.{91 + number}.0.0/24", "--docker", " ".join(docker.argv)),
-        *("--cpu-total", "64", "--mem-total", "8192", "--disk-total", "81920", *agent_words),
+        *("--cpu-total", "64", "--mem-total", "8192", "--disk-total", "81920", "--labels", f"host=host-{number}"),
     ]
     return Host(f"host-{number}", addr, namespace, folder, docker, Part(words, folder / "agent.log", namespace))
+
+
+@contextlib.contextmanager
+def _small_disk(place: Path) -> Iterator[None]:
+    """A filesystem of DISK_MIB, in a file beside the folder it is mounted on."""
+    image = place.with_suffix(".ext4")
+    with image.open("wb") as file:
+        file.truncate(DISK_MIB << 20)
+    command("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image))
+    command("mount", "-o", "loop", str(image), str(place))
+    (place / "lost+found").rmdir()
+    try:
+        yield
+    finally:
+        command("umount", str(place))
+
+
+@contextlib.contextmanager
+def filled(place: Path) -> Iterator[None]:
+    """The filesystem of a folder is full to the last byte."""
+    ballast = place / ".ballast"
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            for size in (1 << 16, 1 << 10, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+        yield
+    finally:
+        ballast.unlink()
 
 
 def _start_docker(host: Host) -> None:
@@ -319,8 +366,11 @@ def _start_docker(host: Host) -> None:
 
 
 def _end(built: Site) -> None:
-    for part in (built.controller, *(host.agent for host in built.hosts)):
-        part.end()
-    for host in built.hosts:
+    def end(host: Host) -> None:
+        host.agent.end()
         with contextlib.suppress(subprocess.CalledProcessError):
             host.docker.stop()
+
+    built.controller.end()
+    with ThreadPoolExecutor(len(built.hosts)) as pool:
+        list(pool.map(end, built.hosts))
