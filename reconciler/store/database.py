@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import queue
 import sqlite3
 import threading
@@ -221,18 +222,27 @@ class Database:
     def _upsert(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]], keep: tuple[str, ...]) -> None:
         if not rows:
             return
-        insert = postgresql_insert if connection.dialect.name == "postgresql" else sqlite_insert
-        statement = insert(table)
-        key = [column.name for column in table.primary_key]
-        changed = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in key and c.name not in keep}
-        connection.execute(statement.on_conflict_do_update(index_elements=key, set_=changed), rows)
+        connection.execute(_upsert_statement(connection.dialect.name, table, keep), rows)
+
+
+@functools.cache  # making a statement costs more than running it
+def _upsert_statement(dialect: str, table: sa.Table, keep: tuple[str, ...]) -> sa.Executable:
+    insert = postgresql_insert if dialect == "postgresql" else sqlite_insert
+    statement = insert(table)
+    key = [column.name for column in table.primary_key]
+    changed = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in key and c.name not in keep}
+    return statement.on_conflict_do_update(index_elements=key, set_=changed)
+
+
+@functools.cache
+def _update_statement(column: str) -> sa.Executable:
+    return sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
 
 
 def _update_vms(connection: sa.Connection, column: str, pairs: Iterable[tuple[VmId, object]]) -> None:
     rows = [{"vm": vm_id, "new": value} for vm_id, value in pairs]
     if rows:
-        statement = sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
-        connection.execute(statement, rows)
+        connection.execute(_update_statement(column), rows)
 
 
 def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:

@@ -17,7 +17,7 @@ from reconciler.agents import Listing, Refused, Reply
 from specs.names import ClusterId, VmId
 from specs.wire import AgentInfo, AgentVm, CreateVmReq, Resource
 from tests.sim.host import EngineState, Host, Record
-from tests.sim.loop import Process, SimLoop
+from tests.sim.loop import Handle, Process, SimLoop
 
 SETTLE = 0.003  # seconds, as agent/watch.py
 RESTING = 64  # ports released last
@@ -77,7 +77,7 @@ class Agent:
         self._loop = loop
         self._weather = weather
         self._resting: list[int] = []
-        self._polls: list[tuple[Callable[[Any], None], asyncio.TimerHandle]] = []
+        self._polls: list[tuple[Callable[[Any], None], Handle]] = []
         self._is_settling = False
         self._term_lock = asyncio.Lock()
         host.on_exit = self._exited

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import random
 import sys
 import traceback
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from reconciler.loop import controller as controller_module
 from reconciler.loop import intents, reconciler, timers, watchers
@@ -95,12 +93,6 @@ class SimController:
         self.process.kill("retired")
 
 
-@functools.cache
-def _insert_once(table: sa.Table) -> Any:
-    """The same statement object every time: making one costs more than running it, and schedules run it by the thousand."""
-    return sqlite_insert(table)
-
-
 class _Log:
     """Stands in for the production loggers: lines of the timeline; an exception in the log is a violation."""
 
@@ -139,7 +131,6 @@ def production_in(world: World) -> Iterator[None]:
         for module in (controller_module, intents, reconciler, timers, watchers, database):
             stack.enter_context(mock.patch.object(module, "log", _LOG))
         stack.enter_context(mock.patch.object(controller_module, "AgentClient", client))
-        stack.enter_context(mock.patch.object(database, "sqlite_insert", _insert_once))
         secrets = SimpleNamespace(token_hex=lambda size: f"{ids.getrandbits(8 * size):0{2 * size}x}")
         stack.enter_context(mock.patch.object(controller_module, "secrets", secrets))
         stack.enter_context(mock.patch("tenacity.time", STORE_TIME))

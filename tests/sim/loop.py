@@ -25,6 +25,35 @@ def current_process() -> Process:
     return process
 
 
+class Handle:
+    """A callback to come. asyncio's own does more than a loop in one thread needs, and schedules make them by the million."""
+
+    __slots__ = ("_args", "_callback", "_context", "cancelled_", "when_")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None, when: float) -> None:
+        self._callback = callback
+        self._args = args
+        self._context = context if context is not None else copy_context()
+        self.cancelled_ = False
+        self.when_ = when
+
+    def run(self) -> None:
+        """Calls it."""
+        self._context.run(self._callback, *self._args)
+
+    def cancel(self) -> None:
+        """It will not be called."""
+        self.cancelled_ = True
+
+    def cancelled(self) -> bool:
+        """Whether it has been cancelled."""
+        return self.cancelled_
+
+    def when(self) -> float:
+        """Virtual seconds."""
+        return self.when_
+
+
 class SimLoop(asyncio.AbstractEventLoop):
     """Just enough of an event loop for tasks, futures, timers and asyncio's locks. Times in seconds from 0."""
 
@@ -33,8 +62,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.blocked = 0.0
         """How long a blocking port (the store's thread) held up what it hands over to the loop next."""
         self._on_error = on_error
-        self._ready: deque[asyncio.Handle] = deque()
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._ready: deque[Handle] = deque()
+        self._timers: list[tuple[float, int, Handle]] = []
         self._order = 0
         self._last = -1.0
         self._timers_at_once = 0
@@ -43,7 +72,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         """Runs the next instant at which something happens; False if nothing does before `until`, where the clock then is."""
         timers, ready = self._timers, self._ready
         if not ready:
-            while timers and timers[0][2]._cancelled:
+            while timers and timers[0][2].cancelled_:
                 heapq.heappop(timers)
             if not timers or timers[0][0] > until:
                 self.now = max(self.now, until)
@@ -52,10 +81,14 @@ class SimLoop(asyncio.AbstractEventLoop):
             while timers and timers[0][0] <= self.now:
                 ready.append(heapq.heappop(timers)[2])
         before = self._order
-        while ready:
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+        try:
+            while ready:
+                handle = ready.popleft()
+                if not handle.cancelled_:
+                    handle.run()
+        except Exception as error:
+            self._on_error("a callback failed", error)
+            return False
         if self._order == before:
             return True
         self._timers_at_once = self._timers_at_once + 1 if self.now == self._last else 0
@@ -71,32 +104,36 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
+    ) -> Handle:
         """In this instant, after everything already due in it."""
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = Handle(callback, args, context, self.now)
         self._ready.append(handle)
         return handle
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
+    ) -> Handle:
         """What another thread hands over: after the time that thread was held up."""
         return self.call_at(self.now + self.blocked, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> Handle:
         """At `when`; equal times in the order of the calls."""
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        handle = Handle(callback, args, context, when)
         self._order += 1
         heapq.heappush(self._timers, (when, self._order, handle))
         return handle
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> Handle:
         """`delay` seconds from now."""
-        return self.call_at(self.now + delay, callback, *args, context=context)
+        when = self.now + delay
+        handle = Handle(callback, args, context, when)
+        self._order += 1
+        heapq.heappush(self._timers, (when, self._order, handle))
+        return handle
 
     def create_future(self) -> asyncio.Future[Any]:
         """A future of this loop."""
@@ -127,9 +164,6 @@ class SimLoop(asyncio.AbstractEventLoop):
     def is_closed(self) -> bool:
         """False."""
         return False
-
-    def _timer_handle_cancelled(self, _handle: asyncio.TimerHandle) -> None:
-        """A cancelled timer is dropped when its time comes."""
 
 
 class Process:

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 REST = 22.0  # seconds nothing may be about to happen by itself before a fleet counts as settled
 
 
-def unsettled(world: World) -> str:
-    """The first thing that is not as it should be, or "". Until the cure nothing is asked of poison and of dead hosts."""
+def unsettled(world: World, rest: float = REST) -> str:
+    """The first thing that is not as it should be or will not be for `rest` seconds, or "".
+
+    Until the cure nothing is asked of poison and of dead hosts.
+    """
     serving = world.serving()
     if serving is None or serving.controller is None:
         return "no controller serves"
@@ -28,7 +31,7 @@ def unsettled(world: World) -> str:
     sick = {host.name for host in world.hosts if not host.powered}
     excepting = {vm.id for vm in mirror.vms.values() if vm.host_id in sick or _is_poison(world, vm)}
     return (
-        _envs_unsettled(world, mirror, excepting)
+        _envs_unsettled(world, mirror, excepting, rest)
         or _vms_unsettled(world, mirror, excepting)
         or _still_under_way(world, serving.controller.fleet, serving.process, mirror, excepting)
         or next(filter(None, (_leftovers(world, host, mirror.vms, excepting) for host in world.hosts if host.powered)), "")
@@ -39,7 +42,7 @@ def _is_poison(world: World, vm: VmIntent) -> bool:
     return vm.spec.image == "poison" and not world.is_cured
 
 
-def _envs_unsettled(world: World, mirror: Mirror, excepting: AbstractSet[VmId]) -> str:
+def _envs_unsettled(world: World, mirror: Mirror, excepting: AbstractSet[VmId], rest: float) -> str:
     # One VM that cannot be had holds up the roll-out and the end of its own environment, as it should.
     held = {mirror.vms[vm_id].env_id for vm_id in excepting}
     waiting = held | {vm.env_id for vm in mirror.vms.values() if _has_no_room(world, mirror, vm)}
@@ -47,7 +50,7 @@ def _envs_unsettled(world: World, mirror: Mirror, excepting: AbstractSet[VmId]) 
         if env.deleting:
             if env.id not in held:
                 return f"environment {env.id} is still being deleted"
-        elif 0 < env.expires_at <= world.wall() + REST and not _is_held(world, env.expires_at):
+        elif 0 < env.expires_at <= world.wall() + rest and not _is_held(world, env.expires_at):
             return f"environment {env.id} is about to expire"
         elif env.rolled != env.generation and env.id not in waiting:
             return f"environment {env.id} has rolled out generation {env.rolled} of {env.generation}"

@@ -41,7 +41,7 @@ def wishes(seed: int, hosts: list[str], until: float) -> list[Wish]:
     for position, name in enumerate(names):
         spec = _spec(rng, name, needed=8 - total if position == ENVS - 1 else 1)
         total += len(spec.machines())
-        out.append(Wish(rng.uniform(0.1, 8.0), "create", name, spec))
+        out.append(Wish(rng.uniform(0.1, 4.9), "create", name, spec))
     for _ in range(rng.randint(4, 7)):
         name = rng.choice(names)
         verb = rng.choice(["put", "put", "stop", "start", "extend", "delete", "create"])
@@ -80,10 +80,13 @@ class Users:
         """Environments that somebody has asked to delete: they may go before their lifetime is over."""
         self.pending = 0
         """Wishes that have not been answered yet."""
+        self._first: dict[str, Wish] = {}
+        """The creation of each environment while it has not been answered: nobody asks anything else of it before."""
 
     def plan(self, wishes: list[Wish]) -> None:
         """Sends every wish at its time."""
         self.pending += len(wishes)
+        self._first = {wish.target: wish for wish in reversed(wishes) if wish.verb == "create"}
         for wish in wishes:
             self._world.loop.call_at(wish.at, self.send, wish)
 
@@ -94,6 +97,9 @@ class Users:
         if serving is None:
             self._again(wish, tries)
             return
+        if self._first.get(wish.target, wish) is not wish:
+            world.loop.call_later(1.0, self.send, wish, tries)
+            return
         controller = serving.controller
         assert controller is not None
         task = serving.process.spawn(self._ask(controller, wish))
@@ -103,12 +109,13 @@ class Users:
                 self._again(wish, tries)
             else:
                 self.pending -= 1
+                self._first.pop(wish.target, None)
 
         task.add_done_callback(ended)
 
     def _again(self, wish: Wish, tries: int) -> None:
-        if tries and not self._world.is_over:
-            self._world.loop.call_later(1.0, self.send, wish, tries - 1)
+        if (tries or wish.target in self._first) and not self._world.is_over:
+            self._world.loop.call_later(1.0, self.send, wish, max(tries - 1, 0))
         else:
             self.pending -= 1
 

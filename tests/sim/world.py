@@ -291,7 +291,7 @@ def finish(world: World) -> float:
         world.run_until(world.loop.now + IDLE)
         if not world.checks.found and world.checks.mutating != calls:
             world.checks.violated("L2", f"{world.checks.mutating - calls} mutating calls on a converged fleet")
-        why = unsettled(world)
+        why = unsettled(world, rest=0.0)
         if why and not world.checks.found:
             world.checks.violated("L1", f"it did not stay so: {why}")
         world.checks.check_counts()

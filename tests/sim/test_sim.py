@@ -1,0 +1,49 @@
+"""The simulation in the ordinary test run: enough schedules to notice, and the proof that its checks can fail."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.sim.campaign import Summary, campaign
+from tests.sim.faults import KINDS
+from tests.sim.planted import hunt
+from tests.sim.world import run
+
+SEEDS = int(os.environ.get("MUSTER_SIM_SEEDS", "500"))  # ops/test --deep asks for 10,000
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    """All schedules of this run."""
+    return campaign(range(SEEDS), jobs=os.cpu_count() or 1)
+
+
+@pytest.mark.timeout(3600)
+def test_no_schedule_violates_a_rule(summary: Summary) -> None:
+    assert summary.schedules == SEEDS
+    assert summary.failed == {}, "show one with: ops/sim --timeline SEED"
+
+
+def test_every_schedule_has_enough_hosts_vms_and_faults(summary: Summary) -> None:
+    assert (summary.fewest_hosts >= 3, summary.fewest_vms >= 8, summary.fewest_faults >= 20) == (True, True, True)
+
+
+def test_every_kind_of_fault_really_happens_in_many_schedules(summary: Summary) -> None:
+    rare = {kind: summary.schedules_with[kind] for kind in KINDS if summary.schedules_with[kind] < 10}
+    assert rare == {}
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    runs: list[list[str]] = [[], []]
+    for timeline in runs:
+        run(3, timeline=timeline)
+    assert runs[0] == runs[1] and len(runs[0]) > 100
+
+
+@pytest.mark.parametrize(
+    "mistake", ["non-idempotent create", "forgets the tombstone", "acts before commit", "double placement", "lost wake-up"]
+)
+def test_a_planted_mistake_is_caught(mistake: str) -> None:
+    assert hunt(mistake, 0, 50) is not None
