@@ -135,7 +135,7 @@ class Fleet:
         events: EventLog | None = None,
     ) -> None:
         self.cluster = cluster
-        self.events = events or EventLog()
+        self.events = EventLog() if events is None else events
         self.wake = wake
         self.changed = changed
         self.envs: dict[EnvId, EnvIntent] = {}

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from reconciler.core.model import Change, Done, EnvIntent, HostIntent, Retry, VmIntent
+from reconciler.events import EventLog
 from reconciler.fleet import Fleet, Report
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Intents
@@ -159,3 +160,10 @@ def test_vms_of_a_host_come_in_the_order_they_were_placed() -> None:
     names = [VmId(f"vm-{number}") for number in range(20)]
     fleet = _fleet(*(vm_intent(id=name, name=name) for name in names))
     assert [vm.id for vm in fleet.host_vms(HOST)] == names
+
+
+def test_a_fleet_writes_into_the_log_of_events_it_is_given_even_while_that_is_empty() -> None:
+    events = EventLog(lambda: 7.0, term=2)
+    Fleet(ClusterId("here"), events=events).note("Recorded", "as asked", env="web")
+    (event,) = events
+    assert (event.env, event.first_seen, event.id > 2 << 32) == ("web", 7, True)
