@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from agent import accel as acceleration
 from agent import process
 from agent.engines import qemu_qmp
 from agent.engines.base import OnExit
+from agent.engines.processes import VmProcesses, check_link, finish
 from agent.engines.qemu_argv import SEED, STDERR, qemu_argv
 from agent.engines.qemu_folder import VmFolder, find_processes
 from agent.errors import AgentError, Unsupported
@@ -66,9 +66,7 @@ class QemuEngine:
         self._image_dir = image_dir
         self._choice: acceleration.Choice | None = None
         self._choosing = asyncio.Lock()
-        self._watches: dict[VmId, ExitWatch] = {}
-        self._found: dict[VmId, ProcessRecord] | None = None
-        self._finding = asyncio.Lock()
+        self._processes = VmProcesses(VmFolder, lambda: find_processes(self._runtime_dir, binary), self._ended)
 
     async def probe(self) -> Probe:
         """Starts guests to find the accelerator that works. Unusable without QEMU or with a demanded KVM that does not run."""
@@ -92,31 +90,25 @@ class QemuEngine:
 
     async def prepare(self, machine: Machine) -> None:
         """Writes the seed image. A running VM keeps the one it was booted with."""
-        if await self._live(machine.id, machine.folder) is None:
-            await _finish(asyncio.to_thread(write_seed, machine.folder / SEED, machine))
+        if await self._processes.live(machine.id, machine.folder) is None:
+            await finish(asyncio.to_thread(write_seed, machine.folder / SEED, machine))
 
     async def start(self, machine: Machine) -> None:
         """Starts QEMU and returns once its monitor says the machine runs. Raises AgentError with QEMU's own complaint."""
         folder = VmFolder(machine.folder)
-        if await self._live(machine.id, machine.folder) is not None:
+        if await self._processes.live(machine.id, machine.folder) is not None:
             folder.forget_asked()  # from here on it is meant to run, whatever an interrupted stop began
             return
         if not folder.is_prepared:
             raise AgentError(f"VM {machine.id} has no seed image in {machine.folder}: it was not prepared")
-        _check_link(machine)
+        check_link(machine)
         argv = qemu_argv(machine, (await self._acceleration()).accel, self._binary)
-        # Not to be cut off between the process and its record: a running VM nobody knows would hold the disk.
-        await _finish(self._launch(machine.id, folder, argv))
-        await self._booted(machine, folder, self._watches[machine.id])
 
-    async def _launch(self, vm_id: VmId, folder: VmFolder, argv: list[str]) -> None:
-        def blocking() -> ProcessRecord:
+        def spawn() -> ProcessRecord:
             folder.forget_last_run()
-            record = process.spawn(argv, cwd=folder.path, log=folder.path / STDERR)
-            folder.adopt(record)
-            return record
+            return process.spawn(argv, cwd=folder.path, log=folder.path / STDERR)
 
-        self._watch(vm_id, folder, await asyncio.to_thread(blocking))
+        await self._booted(machine, folder, await self._processes.launch(machine.id, folder, spawn))
 
     async def _booted(self, machine: Machine, folder: VmFolder, watch: ExitWatch) -> None:
         """Returns when QEMU's monitor answers: by then the machine is complete and its processors run."""
@@ -139,7 +131,7 @@ class QemuEngine:
     async def stop(self, machine: Machine, grace: timedelta) -> None:
         """Presses the power button, after `grace` makes QEMU quit, at last kills it. Raises AgentError if even that fails."""
         folder = VmFolder(machine.folder)
-        watch = await self._live(machine.id, machine.folder)
+        watch = await self._processes.live(machine.id, machine.folder)
         folder.note_asked()
         if watch is None or await self._powers_down(folder, watch, grace.total_seconds()):
             return
@@ -163,19 +155,19 @@ class QemuEngine:
 
     async def destroy(self, vm_id: VmId, folder: Path) -> None:
         """Kills QEMU, also one whose record or folder is gone, and removes the driver's files."""
-        watch = await self._live(vm_id, folder)
+        watch = await self._processes.live(vm_id, folder)
         VmFolder(folder).note_asked()
         if watch is not None:
             await watch.kill()
-        stray = (await self._find()).get(vm_id)
+        stray = (await self._processes.find()).get(vm_id)
         if stray is not None:
             await process.kill(stray)
-        self._forget(vm_id)
+        self._processes.forget(vm_id)
         VmFolder(folder).remove_files()
 
     async def state(self, vm_id: VmId, folder: Path) -> EngineState | None:
         """Asks the process table; a stopped VM's reason comes from what QEMU left in the folder."""
-        watch = await self._live(vm_id, folder)
+        watch = await self._processes.live(vm_id, folder)
         files = VmFolder(folder)
         if watch is not None:
             files.bound_console()
@@ -185,7 +177,7 @@ class QemuEngine:
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Kills QEMU processes of this runtime folder whose VM is not in `known`."""
         removed = []
-        for vm_id, record in sorted((await self._find()).items()):
+        for vm_id, record in sorted((await self._processes.find()).items()):
             if vm_id not in known:
                 await self.destroy(vm_id, self._runtime_dir / vm_id)
                 removed.append(f"QEMU process {record.pid} of unknown VM {vm_id}")
@@ -193,8 +185,10 @@ class QemuEngine:
 
     async def close(self) -> None:
         """Stops watching; the processes have sessions of their own and go on."""
-        for vm_id in list(self._watches):
-            self._forget(vm_id)
+        self._processes.close()
+
+    def _ended(self, vm_id: VmId) -> None:
+        self.on_exit(vm_id)  # asked for late: the runtime sets it after the driver was made
 
     async def _acceleration(self) -> acceleration.Choice:
         async with self._choosing:
@@ -203,68 +197,3 @@ class QemuEngine:
                     self._wanted, binary=self._binary, image_dir=self._image_dir, state_dir=self._state_dir
                 )
             return self._choice
-
-    async def _live(self, vm_id: VmId, folder: Path) -> ExitWatch | None:
-        """The watch on the VM's living process, adopting one that an earlier agent started; None if none lives."""
-        watch = self._watches.get(vm_id)
-        if watch is not None:
-            if process.alive(watch.record):
-                return watch
-            await watch.gone.wait()  # dead already: the kernel has told, the loop has yet to hear it
-        files = VmFolder(folder)
-        try:
-            record = files.record()
-        except AgentError as error:
-            # Every QEMU of ours names its folder in its arguments, so the process table tells what the file cannot.
-            log.warning("process_record_unreadable", vm_id=vm_id, why=error.message)
-            record = (await self._find()).get(vm_id)
-        if record is None or not process.alive(record):
-            record = await self._orphan(vm_id)
-            if record is None:
-                return None
-            files.adopt(record)
-        return self._watch(vm_id, files, record)
-
-    async def _orphan(self, vm_id: VmId) -> ProcessRecord | None:
-        """A process whose record was never written because its agent was killed right then. Looked for once per agent."""
-        async with self._finding:
-            if self._found is None:
-                self._found = await self._find()
-        record = self._found.pop(vm_id, None)
-        return record if record is not None and process.alive(record) else None
-
-    async def _find(self) -> dict[VmId, ProcessRecord]:
-        return await asyncio.to_thread(find_processes, self._runtime_dir, self._binary)
-
-    def _watch(self, vm_id: VmId, folder: VmFolder, record: ProcessRecord) -> ExitWatch:
-        def ended(status: int | None) -> None:
-            folder.note_exit(status)
-            self.on_exit(vm_id)
-
-        self._forget(vm_id)
-        watch = self._watches[vm_id] = ExitWatch(record, ended)
-        return watch
-
-    def _forget(self, vm_id: VmId) -> None:
-        watch = self._watches.pop(vm_id, None)
-        if watch is not None:
-            watch.close()
-
-
-def _check_link(machine: Machine) -> None:
-    """Raises AgentError where the tap is missing: QEMU as root would make one of that name, on no bridge and behind no rule."""
-    if machine.nic.kind == "tap":
-        try:
-            socket.if_nametoindex(machine.nic.link)
-        except OSError:
-            raise AgentError(f"there is no network device {machine.nic.link} for VM {machine.id}") from None
-
-
-async def _finish(work: Coroutine[object, object, None]) -> None:
-    """Carries a step through even if the caller is cancelled meanwhile, and only then lets the cancellation go on."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise

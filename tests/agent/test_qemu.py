@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from agent import process
-from agent.engines import qemu, qemu_folder, qemu_qmp
+from agent.engines import processes, qemu, qemu_folder, qemu_qmp
 from agent.engines.qemu import QemuEngine
 from agent.errors import AgentError, Unsupported
 from agent.machine import Machine, Running, Stopped, Unusable
@@ -246,11 +246,11 @@ async def test_a_chattering_guest_cannot_fill_the_hosts_disk(rig: QemuRig, monke
     machine, _ = await rig.started("vm-a")
     await rig.spoken(machine, "guest: boot 1")
     said = rig.console(machine)
-    monkeypatch.setattr(qemu_folder, "CONSOLE_MAX", 4)
+    monkeypatch.setattr(processes, "CONSOLE_MAX", 4)
     await rig.state(machine)
     assert rig.console(machine) == ""
     assert (machine.folder / "console.log.1").read_text() == said
-    monkeypatch.setattr(qemu_folder, "CONSOLE_MAX", 1000)
+    monkeypatch.setattr(processes, "CONSOLE_MAX", 1000)
     await qemu_qmp.execute(machine.folder, "system_reset")
     await rig.spoken(machine, "guest: boot 2")
     assert "\0" not in rig.console(machine)
