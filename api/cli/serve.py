@@ -52,6 +52,7 @@ _agent_options = _options(
     _flag("--cpu-total", "vCPUs to give away; 0 detects.", type=_SIZE, metavar="N"),
     _flag("--mem-total", "Memory to give away in MiB; 0 detects.", type=_SIZE, metavar="MIB"),
     _flag("--disk-total", "Disk to give away in MiB; 0 detects.", type=_SIZE, metavar="MIB"),
+    _flag("--firecracker-bin", "The firecracker binary, its jailer beside it [firecracker].", metavar="PATH"),
     _flag("--docker", "The container command: docker, podman, or with arguments.", metavar="COMMAND"),
     _flag("--bridge", "Name of the bridge [muster0].", metavar="NAME"),
     _flag("--subnet", "Addresses of VMs on the bridge, such as 10.213.0.0/16.", metavar="CIDR"),

@@ -1,0 +1,37 @@
+"""The firecracker driver keeps its promises with real Firecracker processes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract.engine_contract import EngineContract
+from tests.contract.engine_firecracker_rig import FirecrackerRig, own_namespace
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def namespace() -> Iterator[None]:
+    with own_namespace():
+        yield
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, namespace: None) -> AsyncIterator[FirecrackerRig]:
+    rig = FirecrackerRig(tmp_path / "runtime")
+    yield rig
+    await rig.close()
+
+
+@pytest.fixture
+async def neighbour(tmp_path: Path, namespace: None) -> AsyncIterator[FirecrackerRig]:
+    rig = FirecrackerRig(tmp_path / "neighbour")
+    yield rig
+    await rig.close()
+
+
+class TestFirecrackerEngine(EngineContract):
+    """All of the contract."""
