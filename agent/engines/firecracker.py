@@ -164,7 +164,7 @@ class FirecrackerEngine:
         if watch is not None and not await self._powers_down(machine, watch, grace.total_seconds()):
             # Nothing is lost by it that the guest had synced: the files' cache is the host's.
             await watch.kill()
-        await asyncio.to_thread(self._jail(machine.id, machine.folder).remove_cgroup)
+        await jails.remove_cgroup(self._jail(machine.id, machine.folder).cgroup())
 
     async def _powers_down(self, machine: Machine, watch: ExitWatch, grace: float) -> bool:
         loop = asyncio.get_running_loop()
@@ -190,7 +190,9 @@ class FirecrackerEngine:
         if stray is not None:
             await process.kill(stray)
         self._processes.forget(vm_id)
-        await asyncio.to_thread(self._jail(vm_id, folder).remove)
+        jail = self._jail(vm_id, folder)
+        await jails.remove_cgroup(jail.cgroup())
+        await asyncio.to_thread(jail.remove)
         files.remove_files()
 
     async def state(self, vm_id: VmId, folder: Path) -> EngineState | None:
@@ -210,7 +212,7 @@ class FirecrackerEngine:
                 await self.destroy(vm_id, self._runtime_dir / vm_id)
                 removed.append(f"Firecracker process {record.pid} of unknown VM {vm_id}")
         for group in await asyncio.to_thread(jails.stray_cgroups, self._runtime_dir, known):
-            await asyncio.to_thread(jails.remove_cgroup, group)
+            await jails.remove_cgroup(group)
             removed.append(f"control group {group}")
         return tuple(removed)
 

@@ -6,6 +6,7 @@ The jailer's rules: Firecracker's docs/jailer.md.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import json
@@ -30,6 +31,8 @@ PARENT = "muster"
 # (https://systemd.io/UIDS-GIDS, "unused").
 UID_FIRST = 1879048192
 _UID_BITS = 28
+CGROUP_LIMIT = 10.0  # seconds
+_LOOK_EVERY = 0.02  # seconds
 _OVERHEAD = 256  # MiB of memory for Firecracker itself and the cache of its files
 _MIB = 1024 * 1024
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -163,25 +166,38 @@ class Jail:
         (root / config[0]).write_text(json.dumps(config[1], indent=1) + "\n")
 
     def remove(self) -> None:
-        """Removes the jail's folder and its control group; for a VM whose process is gone."""
+        """Removes the jail's folder; for a VM whose process is gone."""
         if self._top.exists():
             shutil.rmtree(self._top)
-        self.remove_cgroup()
 
-    def remove_cgroup(self) -> None:
-        """Removes the VM's control group, which outlives its process; one that is in use or not there is left alone."""
+    def cgroup(self) -> Path | None:
+        """The VM's control group, which outlives its process; None where there are none."""
         cgroups = find_cgroups()
-        if cgroups is not None:
-            remove_cgroup(cgroups.root / PARENT / self.name)
+        return cgroups.root / PARENT / self.name if cgroups is not None else None
 
 
-def remove_cgroup(path: Path) -> None:
-    """Removes an empty control group."""
+async def remove_cgroup(path: Path | None, limit: float = CGROUP_LIMIT) -> None:
+    """Removes a control group whose processes are gone or about to be: the kernel lets go of a dead one's group a little later.
+
+    One that is not there is fine. Raises AgentError if it is still in use after `limit` seconds.
+    """
+    if path is None:
+        return
+    deadline = asyncio.get_running_loop().time() + limit
+    while (why := _remove(path)) is not None:
+        if asyncio.get_running_loop().time() >= deadline:
+            raise AgentError(f"the control group {path} cannot be removed: {why}")
+        await asyncio.sleep(_LOOK_EVERY)
+
+
+def _remove(path: Path) -> str | None:
     try:
         path.rmdir()
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise AgentError(f"the control group {path} cannot be removed: {error.strerror}") from error
+        return error.strerror or str(error)
+    return None
 
 
 def stray_cgroups(runtime_dir: Path, known: frozenset[VmId]) -> list[Path]:
@@ -196,7 +212,7 @@ def remove_parent_cgroup() -> None:
     """Removes the group above all VMs' if it is empty."""
     cgroups = find_cgroups()
     if cgroups is not None:
-        remove_cgroup(cgroups.root / PARENT)
+        _remove(cgroups.root / PARENT)
 
 
 def own_tap(link: str, uid: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.accel import runs_under_hypervisor
 from agent.engines.firecracker_config import KERNEL
-from agent.engines.firecracker_jail import UID_FIRST, Binaries, Jail, agent_mark, find_binaries, find_cgroups
+from agent.engines.firecracker_jail import UID_FIRST, Binaries, Jail, agent_mark, find_binaries, find_cgroups, remove_cgroup
 from agent.errors import AgentError, CommandFailed
 from agent.machine import Probe, Unusable, Usable
 from agent.run import run
@@ -64,10 +64,6 @@ async def _try_guest(binaries: Binaries, runtime_dir: Path) -> None:
         (folder / KERNEL).chmod(0o444)
         jail.build(binaries, UID_FIRST, {KERNEL: folder / KERNEL}, ("probe.json", config))
 
-    def remove() -> None:
-        jail.remove()
-        shutil.rmtree(folder)
-
     await asyncio.to_thread(build)
     try:
         await run(
@@ -78,7 +74,8 @@ async def _try_guest(binaries: Binaries, runtime_dir: Path) -> None:
             f"Firecracker cannot run a guest in its jail in {runtime_dir} (which must allow device nodes): {error.message}"
         ) from error
     finally:
-        await asyncio.to_thread(remove)
+        await remove_cgroup(jail.cgroup())
+        await asyncio.to_thread(shutil.rmtree, folder)
 
 
 def kernel(code: bytes) -> bytes:

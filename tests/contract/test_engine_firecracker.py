@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.engines.firecracker_jail import stray_cgroups
 from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_firecracker_rig import FirecrackerRig, own_namespace
 
@@ -24,6 +25,7 @@ async def rig(tmp_path: Path, namespace: None) -> AsyncIterator[FirecrackerRig]:
     rig = FirecrackerRig(tmp_path / "runtime")
     yield rig
     await rig.close()
+    assert stray_cgroups(rig.runtime_dir, frozenset()) == []
 
 
 @pytest.fixture
@@ -31,6 +33,7 @@ async def neighbour(tmp_path: Path, namespace: None) -> AsyncIterator[Firecracke
     rig = FirecrackerRig(tmp_path / "neighbour")
     yield rig
     await rig.close()
+    assert stray_cgroups(rig.runtime_dir, frozenset()) == []
 
 
 class TestFirecrackerEngine(EngineContract):
