@@ -15,7 +15,7 @@ from agent.entry import Caller, Entry, shown_vm
 from agent.errors import DoesNotFit, NotFound
 from agent.machine import Lease
 from agent.network.base import Network
-from agent.network.pool import allocate
+from agent.network.pool import Taken, allocate
 from agent.records import Records, VmRecord
 from agent.watch import Watch
 from specs.names import VmId
@@ -57,6 +57,9 @@ class Inventory:
         self._watch = watch
         self._now = now
         self._resting: OrderedDict[int, None] = OrderedDict()
+        self._taken = Taken()
+        self._held = Capacity(0, 0, 0)
+        self._count = 0  # VMs of which something may be on the host
 
     def find(self, vm_id: str) -> Entry:
         """The entry of a VM. Raises NotFound."""
@@ -71,10 +74,12 @@ class Inventory:
         entry.ruled = not record.deleting
         entry.step = "deleting" if record.deleting else "" if record.complete else "accepted"
         entry.recorded.set()
+        self._hold(record, 1)
         return self._add(entry)
 
     def take_over_unreadable(self, vm_id: VmId, why: str) -> Entry:
         """Adds a VM whose record cannot be read: shown, and left alone until somebody deletes it."""
+        self._count += 1
         return self._add(Entry(vm_id, self._store.root / vm_id, None, broken=why))
 
     def reserve(self, request: CreateVmReq, caller: Caller, warnings: tuple[str, ...]) -> Entry:
@@ -82,7 +87,7 @@ class Inventory:
         self._check_room(request)
         vm_id = VmId(request.vm_id)
         lease = allocate(
-            [entry.record.lease for entry in self.entries.values() if entry.record is not None],
+            self._taken,
             vm_id,
             {22, *request.ports},
             request.deny_outgoing,
@@ -97,6 +102,7 @@ class Inventory:
         entry = Entry(vm_id, self._store.folder(vm_id), request, caller.cluster, record.created_at, record)
         entry.warnings, entry.step = warnings, "accepted"
         self.entries.pop(vm_id, None)
+        self._hold(record, 1)
         return self._add(entry)
 
     def publish(self, entry: Entry) -> None:
@@ -115,7 +121,10 @@ class Inventory:
     def drop(self, entry: Entry, *, remember: bool) -> None:
         """Frees what the VM held. With `remember` it stays to be seen as failed, with the reason."""
         if entry.record is not None:
+            self._hold(entry.record, -1)
             self._rest(entry.record.lease)
+        elif entry.broken is not None:
+            self._count -= 1
         entry.record, entry.broken, entry.removal_error, entry.step = None, None, "", ""
         if remember:
             self.publish(entry)
@@ -144,16 +153,26 @@ class Inventory:
 
     def resource(self) -> Resource:
         """Capacity and what the records have reserved of it."""
-        held = [entry.record.request for entry in self.entries.values() if entry.record is not None]
+        total, held = self._capacity, self._held
         return Resource(
-            cpu_total=self._capacity.cpu,
-            cpu_used=sum(request.cpu for request in held),
-            mem_total=self._capacity.mem,
-            mem_used=sum(request.mem for request in held),
-            disk_total=self._capacity.disk,
-            disk_used=sum(request.disk for request in held),
-            vm_count=len(self.present_ids()),
+            cpu_total=total.cpu,
+            cpu_used=held.cpu,
+            mem_total=total.mem,
+            mem_used=held.mem,
+            disk_total=total.disk,
+            disk_used=held.disk,
+            vm_count=self._count,
         )
+
+    def _hold(self, record: VmRecord, sign: int) -> None:
+        """Counts what a record reserves in (`sign` 1) or out (-1)."""
+        request, held = record.request, self._held
+        self._held = Capacity(held.cpu + sign * request.cpu, held.mem + sign * request.mem, held.disk + sign * request.disk)
+        self._count += sign
+        if sign > 0:
+            self._taken.add(record.lease)
+        else:
+            self._taken.remove(record.lease)
 
     def _add(self, entry: Entry) -> Entry:
         self.entries[entry.id] = entry

@@ -6,7 +6,8 @@ import asyncio
 import secrets
 
 MAX_WAIT = 60.0  # seconds a long poll is held at most
-SETTLE = 0.003  # seconds after a change before waiters go, so that a burst is one reply
+SETTLE = 0.003  # seconds after a change of a burst before waiters go, so that many changes are one reply
+_QUIET = 10  # settling times without a waiter gone, after which the next change is no burst
 
 
 class Watch:
@@ -16,6 +17,7 @@ class Watch:
         self.boot_id = secrets.token_hex(8)
         self.seq = 1
         self._settle = settle
+        self._released = float("-inf")  # when waiters last went, in the running loop's seconds
         self._moved = asyncio.Event()
         self._closed = False
 
@@ -40,8 +42,13 @@ class Watch:
                 await moved.wait()
         except TimeoutError:
             return
-        if not self._closed:
+        if self._closed:
+            return
+        # A change after a quiet while is told at once: only the next ones can be a burst.
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._released < self._settle * _QUIET:
             await asyncio.sleep(self._settle)
+        self._released = loop.time()
 
     def close(self) -> None:
         """Lets every waiter go, now and later: the process is ending."""

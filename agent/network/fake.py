@@ -65,7 +65,7 @@ class FakeNetwork:
     async def apply(self, leases: Mapping[VmId, Lease]) -> None:
         """Keeps a copy. Raises Conflict when two leases hold the same address, MAC or host port."""
         await self.host.faults.reach("apply")
-        held = [item for lease in leases.values() for item in (lease.ip, lease.mac, *lease.ports.values())]
+        held = [item for lease in leases.values() for item in (int(lease.ip), lease.mac, *lease.ports.values())]
         if len(held) != len(set(held)):
             raise Conflict("two leases hold the same address, MAC or host port")
         self.host.rules = dict(leases)

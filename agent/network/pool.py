@@ -5,7 +5,7 @@ The lowest free address and the lowest free ports are taken, so the same records
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network
 
 from agent.errors import DoesNotFit
@@ -17,13 +17,36 @@ DEFAULT_PORT_RANGE = range(20000, 32768)
 """Host ports for forwards: below Linux' ephemeral range (ip_local_port_range, 32768 on), so no client socket sits on one."""
 
 
+class Taken:
+    """What the leases of a host hold, kept up with each of them: adding one must not cost a walk over all."""
+
+    def __init__(self, leases: Iterable[Lease] = ()) -> None:
+        self.ips: set[int] = set()
+        self.macs: set[str] = set()
+        self.ports: set[int] = set()
+        for lease in leases:
+            self.add(lease)
+
+    def add(self, lease: Lease) -> None:
+        """The lease is held from now on."""
+        self.ips.add(int(lease.ip))
+        self.macs.add(lease.mac)
+        self.ports.update(lease.ports.values())
+
+    def remove(self, lease: Lease) -> None:
+        """The lease is free again."""
+        self.ips.discard(int(lease.ip))
+        self.macs.discard(lease.mac)
+        self.ports.difference_update(lease.ports.values())
+
+
 def first_address(subnet: IPv4Network) -> IPv4Address:
     """The gateway of a subnet: its lowest address after the network's own."""
     return subnet.network_address + 1
 
 
 def allocate(
-    taken: Collection[Lease],
+    taken: Taken | Collection[Lease],
     vm_id: VmId,
     ports: Collection[int],
     deny_outgoing: bool,
@@ -41,10 +64,11 @@ def allocate(
     asked only about ports that would be given out. `avoid_ports` were released a moment ago: they come last, because
     clients of the VM that had them may still call. Raises DoesNotFit when addresses or ports have run out.
     """
-    ip = _lowest_free_address({int(lease.ip) for lease in taken}, subnet, gateway)
-    mac = _unused_mac({lease.mac for lease in taken}, vm_id)
+    held = taken if isinstance(taken, Taken) else Taken(taken)
+    ip = _lowest_free_address(held.ips, subnet, gateway)
+    mac = _unused_mac(held.macs, vm_id)
     wanted = sorted(set(ports))
-    free = _free_ports({port for lease in taken for port in lease.ports.values()}, port_range, is_free, frozenset(avoid_ports))
+    free = _free_ports(held.ports, port_range, is_free, avoid_ports)
     forwards = dict(zip(wanted, free, strict=False))
     if len(forwards) < len(wanted):
         raise DoesNotFit(
@@ -65,7 +89,7 @@ def _lowest_free_address(taken: set[int], subnet: IPv4Network, gateway: IPv4Addr
     )
 
 
-def _free_ports(taken: set[int], ports: range, is_free: Callable[[int], bool], avoid: frozenset[int]) -> Iterator[int]:
+def _free_ports(taken: set[int], ports: range, is_free: Callable[[int], bool], avoid: Collection[int]) -> Iterator[int]:
     late = []
     for port in ports:
         if port in taken:

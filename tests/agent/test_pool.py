@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.errors import DoesNotFit
 from agent.machine import Lease, mac_of
-from agent.network.pool import DEFAULT_PORT_RANGE, DEFAULT_SUBNET, allocate, first_address
+from agent.network.pool import DEFAULT_PORT_RANGE, DEFAULT_SUBNET, Taken, allocate, first_address
 from specs.names import VmId
 
 SMALL = IPv4Network("10.9.0.0/29")  # six addresses, of which the gateway takes one
@@ -131,3 +131,24 @@ def test_the_six_hundredth_vm_asks_the_host_about_its_own_ports_alone() -> None:
         )
     assert asked == list(taken[-1].ports.values()) == list(range(24792, 24800))
     assert taken[-1].ip == IPv4Address("10.77.2.89")
+
+
+def test_what_is_taken_is_kept_up_and_says_the_same_as_all_leases_together() -> None:
+    taken, leases = Taken(), []
+    for number in range(20):
+        lease = allocate(
+            taken,
+            VmId(f"vm-{number}"),
+            {22, 80},
+            False,
+            "env",
+            subnet=DEFAULT_SUBNET,
+            gateway=first_address(DEFAULT_SUBNET),
+            is_free=bool,
+        )
+        taken.add(lease)
+        leases.append(lease)
+    for lease in leases[3:8]:
+        taken.remove(lease)
+    again = Taken(leases[:3] + leases[8:])
+    assert (taken.ips, taken.macs, taken.ports) == (again.ips, again.macs, again.ports)
