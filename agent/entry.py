@@ -132,7 +132,9 @@ def _condition(entry: Entry) -> dict[str, Any]:
     if entry.broken is not None:
         return _told("failed", "state_unknown", f"its record cannot be read, so it is left alone: {entry.broken}")
     if record is None:
-        return _told("failed", "create_failed", entry.verdict.message if entry.verdict else "its creation failed")
+        if entry.verdict is None:
+            return _told("failed", "create_failed", "its creation failed")
+        return _told("failed", "create_failed", entry.verdict.message) | {"cause": entry.verdict.code}
     if not record.complete:
         return _told("creating")
     if entry.step and entry.step != "deleting":

@@ -41,6 +41,17 @@ class Events(ApiHandler):
         return int(asked)
 
 
+class HostDrain(ApiHandler):
+    """/api/hosts/{id}/drain; …/uncordon takes it back"""
+
+    async def on_post(self, host_id: str) -> None:
+        """Records that the host's VMs are to be moved elsewhere; asked again, it changes nothing. Answers the host."""
+        self.no_body()
+        await self.controller.intents.drain(host_id)
+        self.reply(self.views.host(self.controller.intents.host(host_id)))
+
+
 ROUTES: list[Any] = [
+    (r"/api/hosts/(?P<host_id>[^/]+)/drain", HostDrain),
     (r"/api/events", Events),
 ]

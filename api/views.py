@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from reconciler.core import events as core
 from reconciler.core.model import EnvIntent, VmIntent
-from reconciler.fleet import ACCEPTED, Fleet, HostState, VmStatus
+from reconciler.fleet import ACCEPTED, DrainProgress, Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
 from specs.names import EnvId, HostId, Storage, VmId
-from specs.wire import AgentVm, Condition, Env, Event, FleetStatus, Host, ImageInfo, Phase, Resource, Vm, VmState
+from specs.wire import (
+    AgentVm,
+    BlockedVm,
+    Condition,
+    Drain,
+    Env,
+    Event,
+    FleetStatus,
+    Host,
+    ImageInfo,
+    Phase,
+    Resource,
+    Vm,
+    VmState,
+)
 
 _CLOCK_WAS_SET = 2.0  # seconds of difference; less is drift, and following it would make times flicker
 
@@ -171,8 +185,22 @@ class Views:
             storage=info.storage if info else Storage.FILE,
             registered_at=host.intent.registered_at,
             cordoned=host.intent.cordoned,
+            drain=self._drain(host),
             heartbeat_age=None if host.heard_at is None else int(self._clock.monotonic() - host.heard_at),
             message="" if host.online else host.why,
+        )
+
+    def _drain(self, host: HostState) -> Drain | None:
+        if host.intent.drain_total is None:
+            return None
+        progress = host.drain or DrainProgress(self._fleet.load(HostId(host.shown_id)).count, 0)
+        blocked = [(self._fleet.vms[vm_id], why) for vm_id, why in progress.blocked if vm_id in self._fleet.vms]
+        return Drain(
+            state="draining" if progress.left else "drained",
+            total=host.intent.drain_total,
+            left=progress.left,
+            moving=progress.moving,
+            blocked=tuple(BlockedVm(vm=vm.id, name=vm.name, env=vm.env_id, why=why) for vm, why in blocked),
         )
 
     def find_host(self, host_id: str) -> Host | None:

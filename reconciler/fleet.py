@@ -75,6 +75,15 @@ class _Touch:
         return report.asked_at > self.tick
 
 
+@dataclass(frozen=True, slots=True)
+class DrainProgress:
+    """How far a drain is: `left` VMs are bound to the host, `moving` of them are on their way out, `blocked` say why not."""
+
+    left: int
+    moving: int
+    blocked: tuple[tuple[VmId, str], ...] = ()
+
+
 @dataclass(slots=True)
 class HostState:
     """What is known of a registered host; nothing of it is durable but `intent`."""
@@ -90,6 +99,7 @@ class HostState:
     touched: dict[VmId, _Touch] = field(default_factory=dict)
     boots: deque[str] = field(default_factory=lambda: deque(maxlen=BOOTS_REMEMBERED))
     """The agent processes that have reported, the present one last."""
+    drain: DrainProgress | None = None
     answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     def has_report(self, boot_id: str, seq: int) -> bool:
@@ -148,7 +158,7 @@ class Fleet:
         self._unplaced: dict[VmId, None] = {}
         self._load: defaultdict[HostId, Load] = defaultdict(Load)
         self._host_envs: defaultdict[HostId, defaultdict[EnvId, int]] = defaultdict(lambda: defaultdict(int))
-        self._reserved: dict[VmId, HostId] = {}
+        self._reserved: dict[VmId, tuple[VmIntent, HostId]] = {}
         self._tick = 0
 
     # ---- durable state
@@ -187,6 +197,8 @@ class Fleet:
             if state.intent.id != host.id:
                 self.changed("host", state.shown_id)
             state.intent = host
+            if host.drain_total is None:
+                state.drain = None
         if host.id:
             self._host_addr[host.id] = host.addr
         self.changed("host", self.hosts[host.addr].shown_id)
@@ -226,9 +238,9 @@ class Fleet:
 
     def _count(self, vm: VmIntent, sign: int) -> None:
         if vm.host_id:
-            self._add_load(vm.host_id, vm, sign)
+            self._add_load(vm, vm.host_id, sign)
 
-    def _add_load(self, host_id: HostId, vm: VmIntent, sign: int) -> None:
+    def _add_load(self, vm: VmIntent, host_id: HostId, sign: int) -> None:
         self._load[host_id].add(vm.spec, sign)
         envs = self._host_envs[host_id]
         envs[vm.env_id] += sign
@@ -236,16 +248,23 @@ class Fleet:
             del envs[vm.env_id]
         self.changed("host", host_id)
 
-    def reserve(self, vm_id: VmId, host_id: HostId) -> None:
-        """Counts a chosen host as used while the placement is being committed."""
-        self._reserved[vm_id] = host_id
-        self._add_load(host_id, self.vms[vm_id], 1)
+    def reserve(self, vm: VmIntent, host_id: HostId) -> None:
+        """Counts a chosen host as used while the placement is being committed; the VM need not be recorded yet."""
+        self._reserved[vm.id] = (vm, host_id)
+        self._add_load(vm, host_id, 1)
 
     def release(self, vm_id: VmId) -> None:
         """Gives a reservation back; none is fine."""
-        host_id = self._reserved.pop(vm_id, None)
-        if host_id:
-            self._add_load(host_id, self.vms[vm_id], -1)
+        reserved = self._reserved.pop(vm_id, None)
+        if reserved:
+            self._add_load(*reserved, -1)
+
+    def set_drain(self, addr: str, progress: DrainProgress) -> None:
+        """Records how far a drain is; tells watchers only if it differs."""
+        host = self.hosts.get(addr)
+        if host is not None and host.drain != progress:
+            host.drain = progress
+            self.changed("host", host.shown_id)
 
     def note(
         self, reason: Reason, message: str, *, vm: VmIntent | None = None, env: str = "", host: str = "", news: bool = False
@@ -474,6 +493,7 @@ def _present(vm: AgentVm) -> Present:
     return Present(
         state=vm.state,
         reason=vm.reason,
+        cause=vm.cause,
         message=vm.message,
         step=vm.step,
         ip=vm.ip,

@@ -41,6 +41,7 @@ class AgentVm(Message):
     `reason` says why a VM is `failed` or `stopped`: `create_failed` (nothing of it is left on the host; only another
     create helps), `start_failed`, `crashed`, `exited` (the guest powered itself off), `remove_failed` (the agent goes on
     clearing up), `state_unknown` (its engine cannot tell; `state` is then what was asked last), or "" (as asked, or not told).
+    `cause` is the slug of the error behind `create_failed`, such as `does_not_fit` or `image_missing`.
     """
 
     id: Name
@@ -56,6 +57,7 @@ class AgentVm(Message):
     state: VmState
     created_at: int = 0
     reason: str = ""
+    cause: str = ""
     message: str = ""
     cluster_id: str = ""
     spec_hash: str = ""
@@ -126,6 +128,25 @@ class Condition(Message):
     since: int
 
 
+class BlockedVm(Message):
+    """A VM that cannot leave a host that is being drained, and why."""
+
+    vm: str
+    name: str
+    env: str
+    why: str
+
+
+class Drain(Message):
+    """How far a drain is: of `total` VMs at its beginning `left` are still bound to the host, `moving` of them on their way."""
+
+    state: Literal["draining", "drained"]
+    total: int
+    left: int
+    moving: int = 0
+    blocked: tuple[BlockedVm, ...] = ()
+
+
 class Host(Message):
     """A registered host as the controller answers it."""
 
@@ -137,6 +158,7 @@ class Host(Message):
     storage: Storage
     registered_at: int
     cordoned: bool = False
+    drain: Drain | None = None
     heartbeat_age: int | None = None
     message: str = ""
 

@@ -65,11 +65,12 @@ class HostIntent:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The host has the VM. `reason` and `message` as in specs.wire.AgentVm."""
+    """The host has the VM. `reason`, `cause` and `message` as in specs.wire.AgentVm."""
 
     state: VmState
     reason: str = ""
     message: str = ""
+    cause: str = ""
     step: str = ""
     ip: str = ""
     ports: Mapping[str, int] = field(default_factory=dict)
@@ -98,11 +99,17 @@ Observation = Present | Absent | Unknown
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often the present goal was tried in vain, and the earliest time of the next try."""
+    """How often the present goal was tried in vain, and the earliest time of the next try.
+
+    `refused`: the last try failed because the host cannot take the VM now. `refused_by`: the hosts that said so lately, each
+    with the time until which it is not asked again.
+    """
 
     attempts: int = 0
     not_before: float = 0.0
     error: str = ""
+    refused: bool = False
+    refused_by: tuple[tuple[HostId, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from reconciler.events import EventLog
 from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Intents, make_vm_id
+from reconciler.loop.moves import drain_forever
 from reconciler.loop.reconciler import Reconciler
 from reconciler.loop.timers import expire_forever, keep_events_forever, recreate_forever, resync_forever, save_events
 from reconciler.loop.watchers import Watchers, WatchSettings
@@ -69,6 +70,7 @@ class Controller:
         self._spawn(expire_forever(self.fleet, self.intents.expire_env, self.clock), "expiry")
         self._spawn(recreate_forever(self.fleet, self.intents.recreate_lost, self.clock, self._host_loss_grace), "host loss")
         self._spawn(resync_forever(self.fleet, self.store, self.clock), "resync")
+        self._spawn(drain_forever(self.fleet, self.reconciler.moves), "drain")
         self._spawn(keep_events_forever(self.fleet, self.store), "events")
         for env_id in list(self.fleet.envs):
             await self.reconciler.resume(env_id)

@@ -179,12 +179,23 @@ class Intents:
                 log.warning("vm recreated elsewhere", vm=vm.id, name=vm.name, env=env_id, host=host_id)
 
     async def set_cordon(self, host_id: str, cordoned: bool) -> None:
-        """Records whether new VMs may be placed on the host; those there stay. Raises NoSuch."""
+        """Records whether new VMs may be placed on the host; those there stay, and uncordoning ends a drain. Raises NoSuch."""
         host = self.host(host_id)
-        if host.intent.cordoned != cordoned:
-            await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned),)))
+        drain_total = host.intent.drain_total if cordoned else None
+        if (host.intent.cordoned, host.intent.drain_total) != (cordoned, drain_total):
+            await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned, drain_total=drain_total),)))
             may = "gets no new VMs" if cordoned else "may get new VMs"
             self._fleet.note("Cordoned" if cordoned else "Uncordoned", f"host {host_id} {may}", host=host.shown_id)
+
+    async def drain(self, host_id: str) -> None:
+        """Records that the host's VMs are to be moved elsewhere, their disks lost, and no new ones placed. Raises NoSuch."""
+        host = self.host(host_id)
+        if host.intent.drain_total is not None:
+            return
+        total = len(self._fleet.host_vms(host.intent.id)) if host.intent.id else 0
+        await self._commit(Change(hosts=(replace(host.intent, cordoned=True, drain_total=total),)))
+        message = f"host {host.shown_id} is being drained of {total} VMs; they are made anew elsewhere, without their disks"
+        self._fleet.note("Draining", message, host=host.shown_id)
 
     async def expire_env(self, env_id: str) -> None:
         """Deletes the environment unless its lifetime has been changed, or it has gone, while this waited for its turn."""

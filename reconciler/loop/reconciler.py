@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
-from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from reconciler.agents import AgentClient, AgentFailure, Refused, Reply
 from reconciler.core.expand import expand
@@ -28,10 +27,13 @@ from reconciler.core.model import (
     VmIntent,
     Wait,
 )
+from reconciler.core.move import REFUSAL_KEPT, is_refused, means_elsewhere
 from reconciler.core.place import Unplaceable, place
 from reconciler.core.plan import plan_vm
 from reconciler.fleet import Fleet, HostState, VmStatus
+from reconciler.loop.backoff import backoff
 from reconciler.loop.clock import Clock
+from reconciler.loop.moves import Moves
 from reconciler.loop.notes import note_replaced
 from reconciler.loop.workqueue import WorkQueue
 from reconciler.store.database import Database, StoreUnavailable
@@ -42,14 +44,6 @@ log = structlog.get_logger()
 
 CALLS_PER_HOST = 16  # in flight
 STABLE_AFTER = 30.0  # seconds a VM must run before an earlier failure no longer delays its next restart
-_BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
-
-
-def backoff(attempts: int) -> float:
-    """Seconds before the next try after `attempts` vain ones: exponential with full jitter."""
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = attempts
-    return _BACKOFF(state)
 
 
 class Reconciler:
@@ -72,6 +66,7 @@ class Reconciler:
         self._clock = clock
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CALLS_PER_HOST))
         self.env_locks: defaultdict[EnvId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.moves = Moves(fleet, store, self.env_locks, new_vm_id, clock)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -110,7 +105,14 @@ class Reconciler:
         seen = self.fleet.seen(intent)
         if isinstance(seen, Present) and seen.state == "failed" and seen.message and intent.desired != "absent":
             self.fleet.note("Failed", f"on host {intent.host_id}: {seen.message}", vm=intent, news=True)
+        stranded = None
+        if is_refused(intent, seen, self.fleet.status.get(vm_id, VmStatus()).retry):
+            stranded = await self.moves.relocate(intent)
+            if self.fleet.vms.get(vm_id) != intent:
+                return  # it has been moved, and the change has woken it
         step = self._plan(intent)
+        if stranded is not None and isinstance(step, Wait):
+            step = replace(step, why=f"{step.why}; no other host can take it: {stranded.sentence()}")
         match step:
             case Place():
                 await self._place(intent)
@@ -137,7 +139,7 @@ class Reconciler:
                 self.fleet.note("Unplaceable", message, vm=intent)
             self._set(intent.id, phase="pending", message=message, next_at=None)
             return
-        self.fleet.reserve(intent.id, decision.host_id)
+        self.fleet.reserve(intent, decision.host_id)
         try:
             change = Change(placed=((intent.id, decision.host_id),))
             await self.store.commit(change)
@@ -177,13 +179,14 @@ class Reconciler:
                 # It may have taken effect: only a later report can say.
                 self.fleet.observe_reply(host.intent.addr, intent.id, host.vms.get(intent.id), "", 0)
             prefix = f"{verb} on host {host.shown_id} failed"
-            self._fail(intent.id, f"{prefix}: {error}" if answered else f"{prefix}, no answer: {error}")
+            refused = isinstance(step, Create) and isinstance(error, Refused) and means_elsewhere(error.status, error.code)
+            self._fail(intent.id, f"{prefix}: {error}" if answered else f"{prefix}, no answer: {error}", refused=refused)
             return
         log.info("call made", call=verb, vm=intent.id, host=host.shown_id, env=intent.env_id)
         self._note_call(intent, step)
         self.fleet.observe_reply(host.intent.addr, intent.id, reply.vm, reply.boot_id, reply.seq)
         not_before = self._clock.monotonic() + backoff(attempts)
-        self._set(intent.id, retry=Retry(attempts, not_before), next_at=None)
+        self._set(intent.id, retry=Retry(attempts, not_before, refused_by=status.retry.refused_by), next_at=None)
         self.queue.add(intent.id)
 
     def _note_call(self, intent: VmIntent, step: Call) -> None:
@@ -302,18 +305,24 @@ class Reconciler:
 
     # ---- status
 
-    def _fail(self, vm_id: VmId, error: str) -> None:
+    def _fail(self, vm_id: VmId, error: str, *, refused: bool = False) -> None:
         status = self.fleet.status.get(vm_id)
         intent = self.fleet.vms.get(vm_id)
         if status is None or intent is None:
             return
         attempts = status.retry.attempts + 1
-        until = self._clock.monotonic() + backoff(attempts)
+        now = self._clock.monotonic()
+        until = now + backoff(attempts)
         phase = "terminating" if intent.desired == "absent" else "degraded"
-        retry = Retry(attempts, until, error)
-        self.fleet.note("Failed", error, vm=intent)
+        refused_by = tuple((host, kept) for host, kept in status.retry.refused_by if kept > now and host != intent.host_id)
+        if refused and intent.host_id:
+            refused_by += ((intent.host_id, now + REFUSAL_KEPT),)
+        retry = Retry(attempts, until, error, refused, refused_by)
+        self.fleet.note("Refused" if refused else "Failed", error, vm=intent)
         self._set(vm_id, phase=phase, message=error, retry=retry, next_at=until, settled=False)
         self.queue.add_at(vm_id, until)
+        if refused:
+            self.queue.add(vm_id)  # another host may take it at once
 
     def _set(self, vm_id: VmId, **fields: object) -> None:
         status = self.fleet.status.get(vm_id)
