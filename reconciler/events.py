@@ -99,7 +99,9 @@ class EventLog:
 
     def _drop(self, event_id: int) -> None:
         event = self._events.pop(event_id)
-        del self._ids[*event.subject, event.message]
+        key = (*event.subject, event.message)
+        if self._ids.get(key) == event_id:  # two controllers on one store may have noted the same, each on its own
+            del self._ids[key]
         del self._kinds[event.subject][event_id]
         if not self._kinds[event.subject]:
             del self._kinds[event.subject]

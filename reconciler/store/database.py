@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import queue
 import sqlite3
@@ -205,7 +204,7 @@ class Database:
         cache: dict[int, str] = {}
         self._upsert(connection, vms, [_vm_row(vm, cache) for vm in change.vms], keep=("host_id", "gone_at"))
         self._upsert(connection, hosts, [_host_row(host) for host in change.hosts], keep=())
-        self._upsert(connection, events, [dataclasses.asdict(event) for event in change.events], keep=())
+        self._upsert(connection, events, [_event_row(event) for event in change.events], keep=())
         _update_vms(connection, "host_id", change.placed)
         _update_vms(connection, "gone_at", change.gone)
         for table, column, keys in (
@@ -324,4 +323,8 @@ def _vms_from(rows: Iterable[Any]) -> Iterable[VmIntent]:
 
 
 def _host_row(host: HostIntent) -> dict[str, Any]:
-    return dataclasses.asdict(host)
+    return {name: getattr(host, name) for name in HostIntent.__dataclass_fields__}
+
+
+def _event_row(event: Event) -> dict[str, Any]:
+    return {name: getattr(event, name) for name in Event.__dataclass_fields__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ async def test_a_vms_life_is_told_in_order_and_outlives_the_controller(tmp_path:
         assert lived == ["Placed", "Creating", "Restarted", "Running", "Deleted"], "a repeat moves to the end"
         events: list[dict[str, Any]] = await rig.data("/api/events?vm=a")
         again = next(event for event in events if event["reason"] == "Running")
-        assert again["count"] == 2 and again["first_seen"] <= again["last_seen"]
+        assert again["count"] == 2 and time.time() - 100 < again["first_seen"] <= again["last_seen"] <= time.time()
+        assert all(event["revision"] > rig.app.controller.term << 32 for event in events)
         assert again["host"] == "host-0" and again["env"] == "web" and again["vm"] == running
         assert "SIGKILL" in next(event["message"] for event in events if event["reason"] == "Restarted")
         assert (await told(rig, "?env=web&limit=2")) == [("Recorded", "web"), ("Deleted", "a"), ("Deleted", "web")][1:]

@@ -77,6 +77,18 @@ def test_one_noisy_vm_does_not_push_out_the_others() -> None:
     assert [event.vm for event in log].count("noisy") == KEPT_OF_A_KIND and next(iter(log)).vm == "quiet"
 
 
+def test_the_logs_of_two_controllers_on_one_store_can_be_taken_over() -> None:
+    one, two = EventLog(term=1), EventLog(term=2)
+    for number in range(KEPT_OF_A_KIND * 2):
+        for log in (one, two):
+            log.add("Failed", f"error {number}", vm="vm-1")
+    third = EventLog(term=3)
+    third.load([*one, *two])
+    for number in range(KEPT_OF_A_KIND * 3):
+        third.add("Failed", f"error {number}", vm="vm-1")
+    assert len(third) == KEPT_OF_A_KIND
+
+
 def test_readers_page_forward_from_a_revision_and_otherwise_get_the_latest() -> None:
     log = EventLog()
     for number in range(10):
