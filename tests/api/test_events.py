@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import CommandFailed
+from reconciler.events import REVISION_BITS
 from tests.api.test_watch import Mirror, follow
 from tests.fleet_rig import FleetRig, env, vm
 
@@ -31,7 +32,7 @@ async def test_a_vms_life_is_told_in_order_and_outlives_the_controller(tmp_path:
         events: list[dict[str, Any]] = await rig.data("/api/events?vm=a")
         again = next(event for event in events if event["reason"] == "Running")
         assert again["count"] == 2 and time.time() - 100 < again["first_seen"] <= again["last_seen"] <= time.time()
-        assert all(event["revision"] > rig.app.controller.term << 32 for event in events)
+        assert [event["revision"] >> REVISION_BITS for event in events] == [rig.app.controller.term] * 5
         assert again["host"] == "host-0" and again["env"] == "web" and again["vm"] == running
         assert "SIGKILL" in next(event["message"] for event in events if event["reason"] == "Restarted")
         assert (await told(rig, "?env=web&limit=2")) == [("Recorded", "web"), ("Deleted", "a"), ("Deleted", "web")][1:]
