@@ -15,10 +15,28 @@ from agent.runtime import Outcome, Runtime
 from agent.watch import MAX_WAIT
 from specs.http import Failure, Handler
 from specs.names import ClusterId, check_name
-from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentVm, CreateVmReq
+from specs.operations import Param, operation
+from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, CreateVmReq, CreateVmResp
 
 _STATUS: dict[Outcome, int] = {"created": 201, "existing": 200, "accepted": 202}
 _MAX_TERM = 2**63 - 1
+_POSITION = r"(?P<boot>[^:]{1,64}):(?P<seq>[0-9]{1,19})"
+
+WATCH = Param(
+    "watch",
+    "Hold the answer until something is newer than `after`, at most so many seconds.",
+    says=f"seconds, at most {MAX_WAIT:g}",
+    pattern=r"[0-9]{1,6}(\.[0-9]{1,6})?",
+)
+AFTER = Param(
+    "after",
+    "The position the caller has seen; nothing if left out.",
+    says="<boot_id>:<seq> as an earlier answer told them",
+    pattern=rf"({_POSITION})?",
+)
+POSITION = {"boot_id": str, "seq": int}
+CLUSTER = {CLUSTER_HEADER: "The controller's cluster.", TERM_HEADER: "Its term; a lower one than before is refused."}
+PREFER = {"Prefer": "`respond-async` answers 202 at once (RFC 7240)."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +102,7 @@ class AgentHandler(Handler):
 class InfoHandler(AgentHandler):
     """GET /api/info"""
 
+    @operation(gives=AgentInfo)
     async def on_get(self) -> None:
         """AgentInfo."""
         self.reply(await self.services.facts.info())
@@ -92,6 +111,7 @@ class InfoHandler(AgentHandler):
 class ImagesHandler(AgentHandler):
     """GET /api/images"""
 
+    @operation(gives=tuple[str, ...])
     async def on_get(self) -> None:
         """Names of all images some engine here can start, sorted."""
         self.reply((await self.services.facts.info()).images)
@@ -100,6 +120,7 @@ class ImagesHandler(AgentHandler):
 class VmsHandler(AgentHandler):
     """/api/vms"""
 
+    @operation(gives=tuple[AgentVm, ...], query=(WATCH, AFTER), also=POSITION | {"complete": bool})
     async def on_get(self) -> None:
         """All VMs; with `?watch=<seconds>&after=<boot_id>:<seq>` as soon as there is something newer."""
         runtime = self.runtime
@@ -110,6 +131,14 @@ class VmsHandler(AgentHandler):
                 return
         self.reply(orjson.Fragment(runtime.list_json()), more={**self.position(), "complete": runtime.complete})
 
+    @operation(
+        takes=CreateVmReq,
+        gives=CreateVmResp,
+        ok=(200, 201, 202),
+        fails=(409, 422, 503, 507),
+        headers=CLUSTER | PREFER,
+        also=POSITION,
+    )
     async def on_post(self) -> None:
         """CreateVmReq → CreateVmResp: 201 once it runs, 200 if it was there, 202 with `Prefer: respond-async`."""
         caller, request = self.caller(), self.read(CreateVmReq)
@@ -118,10 +147,6 @@ class VmsHandler(AgentHandler):
             message = f"lists {', '.join(map(str, twice[:5]))} more than once"
             raise Failure(422, "invalid", f"ports: {message}", details=({"loc": "ports", "msg": message},))
         self.reply_vm(*await self.runtime.create(request, caller, wait=not self.is_async))
-
-    def compute_etag(self) -> str | None:
-        """None: the position says as much for a list, without hashing it."""
-        return None
 
     _is_gone = False
 
@@ -132,22 +157,20 @@ class VmsHandler(AgentHandler):
 
     def _watched(self) -> tuple[float, str, int]:
         """(seconds to wait, boot_id, seq); a call without `after` has seen nothing."""
-        seconds, after = self.get_query_argument("watch", "0"), self.get_query_argument("after", "")
-        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", seconds):
-            raise Failure(400, "bad_query", f"watch must be seconds, at most {MAX_WAIT:g}")
-        position = re.fullmatch(r"(?P<boot>[^:]{1,64}):(?P<seq>[0-9]{1,19})", after)
-        if after and not position:
-            raise Failure(400, "bad_query", "after must be <boot_id>:<seq> as an earlier answer told them")
+        seconds, after = self.asked.get("watch", "0"), self.asked.get("after", "")
+        position = re.fullmatch(_POSITION, after)
         return float(seconds), position["boot"] if position else "", int(position["seq"]) if position else 0
 
 
 class VmHandler(AgentHandler):
     """/api/vms/{id}"""
 
+    @operation(gives=AgentVm, fails=(404,))
     async def on_get(self, vm_id: str) -> None:
         """One VM."""
         self.reply(self.runtime.get(vm_id))
 
+    @operation(fails=(409, 422, 503, 507), headers=CLUSTER, also=POSITION)
     async def on_delete(self, vm_id: str) -> None:
         """Removes the VM with all it had; nothing there is fine."""
         self.no_body()
@@ -158,6 +181,7 @@ class VmHandler(AgentHandler):
 class PowerHandler(AgentHandler):
     """/api/vms/{id}/stop and /api/vms/{id}/start"""
 
+    @operation(ok=(200, 202), fails=(404, 409, 422, 503, 507), headers=CLUSTER | PREFER, also=POSITION)
     async def on_post(self, vm_id: str, verb: str) -> None:
         """Stops or starts the VM; 202 with `Prefer: respond-async`."""
         self.no_body()
@@ -174,6 +198,7 @@ class HealthHandler(Handler):
 
     needs_key = False
 
+    @operation()
     async def on_get(self) -> None:
         """The process answers."""
         self.reply()
@@ -184,6 +209,7 @@ class ReadyHandler(AgentHandler):
 
     needs_key = False
 
+    @operation(fails=(503,))
     async def on_get(self) -> None:
         """200 once everything on the host is re-adopted and new VMs can be connected, else 503 with the reason's slug."""
         if not self.runtime.complete:

@@ -17,7 +17,7 @@ import httpx
 from pydantic import Field, TypeAdapter, ValidationError
 
 from specs.desired import EnvSpec, HostSpec, canonical_env
-from specs.wire import Env, FleetStatus, Host, ImageInfo, Message, Vm
+from specs.wire import Env, EnvDetail, FleetStatus, Host, ImageInfo, Message, Plan, Vm
 
 DEFAULT_URL = "http://127.0.0.1:9200"
 CONNECT_LIMIT = 5.0  # seconds
@@ -35,32 +35,6 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
-
-
-class EnvDetail(Message):
-    """An environment with its VMs, and what keeps it from converging in plain words."""
-
-    env: Env
-    vms: tuple[Vm, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-class PlanLine(Message):
-    """What applying a spec would do to one VM; `replace` and `destroy` lose its disk."""
-
-    action: str
-    name: str
-    vm_id: str | None = None
-    fields: tuple[str, ...] = ()
-    host: str | None = None
-    message: str = ""
-
-
-class Plan(Message):
-    """The answer of a dry run."""
-
-    plan: tuple[PlanLine, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 class Snapshot(Message):

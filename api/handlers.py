@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 from pydantic import ValidationError
 from tornado.iostream import StreamClosedError
 from tornado.web import StaticFileHandler
 
 from api.hub import KEEP_ALIVE, Hub, TooOld
+from api.lists import Lists, list_params, page
 from api.views import Views
 from reconciler.core.place import Placement, predict
 from reconciler.loop.controller import Controller
@@ -19,6 +23,10 @@ from reconciler.loop.intents import Clash, NoSuch, StaleGeneration, parse_if_mat
 from reconciler.store.database import StoreUnavailable
 from specs.desired import EnvSpec, ExtendReq, HostSpec
 from specs.http import Failure, Handler, invalid
+from specs.names import EnvId
+from specs.operations import BadParameter, Param, operation
+from specs.wire import Env, EnvDetail, FleetStatus, Host, ImageInfo, Plan, Vm
+from specs.wire import Version as VersionInfo
 
 STATIC = Path(__file__).parent / "static"
 MAX_WAIT = 3600.0  # seconds a request may be held
@@ -26,6 +34,18 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+WAIT = Param(
+    "wait",
+    f"Hold the answer until converged, at most so many seconds (no more than {MAX_WAIT:g}); `Prefer: wait=` means the same.",
+    kind="integer",
+    says="a number of seconds",
+    most=10**9 - 1,
+)
+PREFER = {"Prefer": "`wait=<seconds>` holds the answer until converged (RFC 7240)."}
+CONTINUE = {"continue": str}
+"""Beside the data of a page that is not the last: what `?continue=` takes for the next one."""
 
 
 def explain(error: BaseException) -> Failure | None:
@@ -39,6 +59,8 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(412, "stale_generation", str(error))
         case StoreUnavailable():
             return Failure(503, "store_unavailable", str(error), headers={"Retry-After": "1"})
+        case BadParameter():
+            return Failure(400, "bad_query", str(error))
         case TooOld():
             return Failure(410, "revision_gone", str(error))
     return None
@@ -62,17 +84,37 @@ class ApiHandler(Handler):
         """What tells of changes."""
         return cast(Hub, self.settings["hub"])
 
+    def entity_tag(self, **_where: str) -> str | None:
+        """The state of this process's fleet, and which view of it: nothing is encoded to find out that nothing changed.
+
+        The age of a heartbeat is no reason for another tag.
+        """
+        view = hashlib.blake2s(self.request.uri.encode() if self.request.uri else b"", digest_size=6).hexdigest()
+        return f'W/"{self.tag_prefix(**_where)}{self.hub.process}-{self.hub.version:x}-{self.views.epoch:x}-{view}"'
+
+    def tag_prefix(self, **_where: str) -> str:
+        """What the tag begins with."""
+        return ""
+
+    @property
+    def lists(self) -> Lists:
+        """What chooses among objects."""
+        return Lists(self.controller.fleet, self.hub.bodies)
+
+    def reply_json(self, parts: Iterable[bytes], token: str | None) -> None:
+        """A page of a list from encoded objects."""
+        more = {"continue": token} if token else None
+        self.reply(orjson.Fragment(b"[" + b",".join(parts) + b"]"), more=more)
+
     def wait_seconds(self) -> float:
         """How long the caller wants the answer held: `?wait=` or `Prefer: wait=` (RFC 7240), 0 if not at all."""
-        asked = self.get_query_argument("wait", None)
-        source = "wait"
-        if asked is None:
-            wishes = ",".join(self.request.headers.get_list("Prefer"))
-            match = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?([^\",;\s]*)", wishes)
-            asked, source = (match[1], "Prefer") if match else ("0", "")
-        if not re.fullmatch(r"\d{1,9}", asked):
-            raise Failure(400, "invalid", f"{source}: wait must be a number of seconds")
-        return min(float(asked), MAX_WAIT)
+        if "wait" in self.asked:
+            return min(float(self.asked["wait"]), MAX_WAIT)
+        wishes = ",".join(self.request.headers.get_list("Prefer"))
+        match = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?([^\",;\s]*)", wishes)
+        if match and not re.fullmatch(r"[0-9]{1,9}", match[1]):
+            raise Failure(400, "invalid", "Prefer: wait must be a number of seconds")
+        return min(float(match[1]), MAX_WAIT) if match else 0.0
 
     async def hold(self, env_id: str, seconds: float) -> None:
         """Waits until the environment has converged or is gone, if that was asked for."""
@@ -98,10 +140,13 @@ class ApiHandler(Handler):
 class Hosts(ApiHandler):
     """/api/hosts"""
 
+    @operation(gives=tuple[Host, ...], query=list_params("hosts"), also=CONTINUE)
     async def on_get(self) -> None:
         """Lists hosts."""
-        self.reply([self.views.host(host) for host in self.controller.fleet.hosts.values()])
+        hosts, token = page(self.lists.hosts(self.asked), "hosts", self.asked)
+        self.reply([self.views.host(host) for host in hosts], more={"continue": token} if token else None)
 
+    @operation(takes=HostSpec, gives=Host, ok=(200, 201), fails=(400, 409, 422, 503))
     async def on_post(self) -> None:
         """Registers a host."""
         content = self.json()
@@ -119,10 +164,12 @@ class Hosts(ApiHandler):
 class HostItem(ApiHandler):
     """/api/hosts/{id}; the address is accepted for the id."""
 
+    @operation(gives=Host, fails=(404,))
     async def on_get(self, host_id: str) -> None:
         """One host."""
         self.reply(self.views.host(self.controller.intents.host(host_id)))
 
+    @operation(fails=(404, 409, 422, 503))
     async def on_delete(self, host_id: str) -> None:
         """Unregisters a host."""
         await self.controller.remove_host(host_id)
@@ -132,6 +179,7 @@ class HostItem(ApiHandler):
 class HostCordon(ApiHandler):
     """/api/hosts/{id}/cordon and …/uncordon"""
 
+    @operation(fails=(404, 422, 503))
     async def on_post(self, host_id: str, verb: str) -> None:
         """Records whether new VMs may be placed there."""
         self.no_body()
@@ -142,10 +190,13 @@ class HostCordon(ApiHandler):
 class Envs(ApiHandler):
     """/api/envs"""
 
+    @operation(gives=tuple[Env, ...], query=list_params("envs"), also=CONTINUE)
     async def on_get(self) -> None:
         """Lists environments."""
-        self.reply([self.views.env(env) for env in self.controller.fleet.envs.values()])
+        envs, token = page(self.lists.envs(self.asked), "envs", self.asked)
+        self.reply_json((self.hub.bodies.env(env).json for env in envs), token)
 
+    @operation(takes=EnvSpec, gives=EnvDetail, ok=(200, 201), fails=(409, 422, 503), query=(WAIT,), headers=PREFER)
     async def on_post(self) -> None:
         """Records a new environment."""
         spec = self.read(EnvSpec)
@@ -158,22 +209,33 @@ class Envs(ApiHandler):
 class EnvItem(ApiHandler):
     """/api/envs/{id}"""
 
+    def tag_prefix(self, **where: str) -> str:
+        """The generation: the tag of an answer can be sent back in If-Match."""
+        env = self.controller.fleet.envs.get(EnvId(where["env_id"]))
+        return f"{env.generation}." if env else ""
+
+    @operation(gives=EnvDetail, fails=(404,))
     async def on_get(self, env_id: str) -> None:
         """One environment with its VMs."""
         self.reply(self.env_detail(env_id))
 
+    @operation(
+        takes=EnvSpec,
+        gives=EnvDetail | Plan,
+        ok=(200, 201),
+        fails=(404, 409, 412, 422, 503),
+        query=(WAIT, Param("dry_run", "Only tell the plan.", values=("true", "false"))),
+        headers=PREFER | {"If-Match": 'The generation that is to be replaced, such as "3", or the ETag it was read with.'},
+    )
     async def on_put(self, env_id: str) -> None:
         """Creates or replaces the desired state; `?dry_run=true` only says what would happen."""
         spec = self._spec_for(env_id)
         seconds = self.wait_seconds()
-        dry_run = self.get_query_argument("dry_run", "false")
-        if dry_run not in ("true", "false"):
-            raise Failure(400, "invalid", "dry_run must be true or false")
         try:
             generation = parse_if_match(self.request.headers.get("If-Match"))
         except ValueError as error:
             raise Failure(400, "invalid", str(error)) from None
-        if dry_run == "true":
+        if self.asked.get("dry_run") == "true":
             self.reply({"plan": self._preview(spec)})
             return
         outcome = await self.controller.intents.put_env(spec, generation)
@@ -208,6 +270,7 @@ class EnvItem(ApiHandler):
             lines.append(item)
         return lines
 
+    @operation(fails=(404, 422, 503), query=(WAIT,), headers=PREFER)
     async def on_delete(self, env_id: str) -> None:
         """Records that nothing of the environment may be left."""
         seconds = self.wait_seconds()
@@ -219,6 +282,7 @@ class EnvItem(ApiHandler):
 class EnvPower(ApiHandler):
     """/api/envs/{id}/stop and …/start"""
 
+    @operation(fails=(404, 409, 422, 503), query=(WAIT,), headers=PREFER)
     async def on_post(self, env_id: str, verb: str) -> None:
         """Records that the environment is to be stopped or to run."""
         self.no_body()
@@ -231,6 +295,7 @@ class EnvPower(ApiHandler):
 class EnvExtend(ApiHandler):
     """/api/envs/{id}/extend"""
 
+    @operation(takes=ExtendReq, gives=Env, fails=(404, 409, 422, 503))
     async def on_post(self, env_id: str) -> None:
         """Records a new lifetime, counted from now."""
         request = self.read(ExtendReq)
@@ -241,6 +306,7 @@ class EnvExtend(ApiHandler):
 class VmItem(ApiHandler):
     """/api/vms/{id}"""
 
+    @operation(gives=Vm, fails=(404,))
     async def on_get(self, vm_id: str) -> None:
         """One VM."""
         vm = self.views.find_vm(vm_id)
@@ -252,14 +318,17 @@ class VmItem(ApiHandler):
 class Vms(ApiHandler):
     """/api/vms"""
 
+    @operation(gives=tuple[Vm, ...], query=list_params("vms"), also=CONTINUE)
     async def on_get(self) -> None:
         """Every VM of every environment."""
-        self.reply([self.views.vm(vm) for vm in self.controller.fleet.vms.values() if not vm.gone_at])
+        vms, token = page(self.lists.vms(self.asked), "vms", self.asked)
+        self.reply_json((self.hub.bodies.vm(vm).json for vm in vms), token)
 
 
 class Images(ApiHandler):
     """/api/images"""
 
+    @operation(gives=tuple[ImageInfo, ...])
     async def on_get(self) -> None:
         """Images of all online hosts."""
         self.reply(self.views.images())
@@ -268,6 +337,7 @@ class Images(ApiHandler):
 class Status(ApiHandler):
     """/api/status"""
 
+    @operation(gives=FleetStatus)
     async def on_get(self) -> None:
         """Sums over the fleet."""
         self.reply(self.views.fleet_status())
@@ -276,6 +346,7 @@ class Status(ApiHandler):
 class Version(ApiHandler):
     """/api/version"""
 
+    @operation(gives=VersionInfo)
     async def on_get(self) -> None:
         """What runs here."""
         fleet = self.controller.fleet
@@ -285,12 +356,24 @@ class Version(ApiHandler):
 class Watch(ApiHandler):
     """/api/watch: server-sent events, a snapshot and then every change; `since` resumes after a revision."""
 
+    def entity_tag(self, **_where: str) -> str | None:
+        """None: what is told is not the fleet's state."""
+        return None
+
+    @operation(
+        query=(Param("since", "Only changes after this revision.", kind="integer", says="a revision"),),
+        fails=(410,),
+        media="text/event-stream",
+        headers={"Last-Event-ID": "As `since`, sent by browsers that connect again."},
+    )
     async def on_get(self) -> None:
         """Streams until the client goes."""
-        asked = self.get_query_argument("since", None) or self.request.headers.get("Last-Event-ID")
-        if asked is not None and not re.fullmatch(r"\d{1,18}", asked):
-            raise Failure(400, "invalid", "since must be a revision")
-        at = int(asked) if asked is not None else None
+        at: int | None = self.asked.get("since")
+        last_seen = self.request.headers.get("Last-Event-ID")
+        if at is None and last_seen is not None:
+            if not re.fullmatch(r"[0-9]{1,18}", last_seen):
+                raise Failure(400, "invalid", "Last-Event-ID must be a revision")
+            at = int(last_seen)
         if at is not None:
             self.hub.since(at)  # answers 410 while it still can
         self._auto_finish = False  # there is nobody left to finish for once the client has gone
@@ -320,6 +403,11 @@ class Health(ApiHandler):
 
     needs_key = False
 
+    def entity_tag(self, **_where: str) -> str | None:
+        """None: what is told is not the fleet's state."""
+        return None
+
+    @operation(gives=dict[str, str])
     async def on_get(self) -> None:
         """Always fine."""
         self.reply({"status": "ok"})
@@ -330,6 +418,11 @@ class Ready(ApiHandler):
 
     needs_key = False
 
+    def entity_tag(self, **_where: str) -> str | None:
+        """None: what is told is not the fleet's state."""
+        return None
+
+    @operation(gives=dict[str, str], fails=(503,))
     async def on_get(self) -> None:
         """Fine once the controller has started."""
         if not self.settings.get("is_ready", lambda: True)():

@@ -7,11 +7,13 @@ begin with the controller's term, so that a revision of an earlier process is ne
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Callable
 
 import orjson
 
+from api.bodies import Bodies
 from api.views import Views
 from reconciler.events import REVISION_BITS
 from reconciler.fleet import Fleet, Kind
@@ -29,6 +31,11 @@ class Hub:
     """All watchers of one controller."""
 
     def __init__(self, fleet: Fleet, views: Views, term: int) -> None:
+        self.bodies = Bodies(views)
+        self.process = secrets.token_hex(6)
+        """Differs with every start: a store restored from a backup gives terms away a second time."""
+        self.version = 0
+        """Grows with everything that may be visible, watchers being told of it or not."""
         self._fleet = fleet
         self._views = views
         self._first = self.revision = term << REVISION_BITS
@@ -40,6 +47,8 @@ class Hub:
 
     def changed(self, kind: Kind, key: str) -> None:
         """Something visible of the object may differ; said to watchers with the next turn of the event loop."""
+        self.version += 1
+        self.bodies.forget(kind, key)
         self._pending[kind, key] = None
         if not self._flush_due:
             self._flush_due = True

@@ -41,6 +41,11 @@ class Views:
             self._offset = offset
         return int(self._offset + monotonic)
 
+    @property
+    def epoch(self) -> int:
+        """Differs once the wall clock was set anew, and times on the wire with it."""
+        return self._unix(0)
+
     # ---- VMs
 
     def vm(self, vm: VmIntent) -> Vm:

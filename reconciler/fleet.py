@@ -415,7 +415,7 @@ class Fleet:
         for vm_id in fresh.keys() - before.keys():
             if not self._is_ours(vm_id):
                 self._note_stranger(host, fresh[vm_id])
-        if last is None or any(not self._is_ours(vm_id) for vm_id in before.keys() ^ fresh.keys()):
+        if last is None or any(before.get(key) != fresh.get(key) for key in {**before, **fresh} if not self._is_ours(key)):
             self.wake_unplaced()
             self.changed("host", host.shown_id)
         return True

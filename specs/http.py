@@ -26,6 +26,9 @@ from tornado.httpserver import HTTPServer
 from tornado.iostream import IOStream
 from tornado.web import Application, Finish, HTTPError, RequestHandler, stream_request_body
 
+from specs import strict_json
+from specs.operations import BadParameter, Operation
+
 log = structlog.get_logger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,6 +42,7 @@ _FAREWELL = 0.5  # seconds for requests under way when the server ends
 _SHOWN_ERRORS = 20
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _NOTHING = object()
+_TAG = r'(?:W/)?"[^"]*"'
 
 
 class Failure(Exception):
@@ -235,6 +239,8 @@ class Handler(RequestHandler):
         """Called by tornado for every request."""
         self._refusal: Failure | None = None
         self._received = 0
+        self._tag: str | None = None
+        self.asked: dict[str, Any] = {}
         self.settings["busy"].add(self)
         self.raw = bytearray()
 
@@ -292,7 +298,29 @@ class Handler(RequestHandler):
         action = getattr(self, f"on_{method}", None)
         if action is None:
             raise HTTPError(405)
+        described: Operation | None = getattr(action, "operation", None)
+        if described is not None:
+            try:
+                self.asked = described.read_query(self.request.query_arguments)
+            except BadParameter as error:
+                raise Failure(400, "bad_query", str(error)) from None
+        if method == "get":
+            # Before anything is read: a tag must never be newer than what it is sent with.
+            self._tag = self.entity_tag(**where)
+            if self._tag is not None and self._tag in re.findall(_TAG, self.request.headers.get("If-None-Match", "")):
+                self.set_status(304)
+                self.set_header("Etag", self._tag)
+                await self.finish()
+                return
         await action(**where)
+
+    def entity_tag(self, **_where: str) -> str | None:
+        """A weak entity tag (RFC 9110 §8.8.3) that differs whenever the answer to this GET would; None if none is known."""
+        return None
+
+    def compute_etag(self) -> str | None:
+        """Called by tornado, which would make a digest of the whole answer."""
+        return self._tag
 
     get = head = post = put = patch = delete = options = _serve
 
@@ -309,8 +337,8 @@ class Handler(RequestHandler):
         if kind != "application/json":
             raise Failure(415, "unsupported_media_type", "the body must be sent with Content-Type: application/json")
         try:
-            return orjson.loads(bytes(self.raw))
-        except orjson.JSONDecodeError as error:
+            return strict_json.loads(bytes(self.raw))
+        except strict_json.BadJson as error:
             raise Failure(400, "malformed_json", f"the body is not valid JSON: {error}") from None
 
     def read(self, model: type[Model]) -> Model:

@@ -226,6 +226,32 @@ class Event(Message):
     host: str = ""
 
 
+class EnvDetail(Message):
+    """An environment with its VMs, and what keeps it from converging in plain words."""
+
+    env: Env
+    vms: tuple[Vm, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class PlanLine(Message):
+    """What applying a spec would do to one VM; `replace` and `destroy` lose its disk."""
+
+    action: str
+    name: str
+    vm_id: str | None = None
+    fields: tuple[str, ...] = ()
+    host: str | None = None
+    message: str = ""
+
+
+class Plan(Message):
+    """The answer of a dry run."""
+
+    plan: tuple[PlanLine, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 class ImageInfo(Message):
     """An image on a host."""
 
@@ -246,3 +272,17 @@ class FleetStatus(Message):
     mem_used: int = 0
     disk_total: int = 0
     disk_used: int = 0
+
+
+class Version(Message):
+    """What runs here: `term` grows with every start of the controller of `cluster_id`."""
+
+    version: str
+    cluster_id: str
+    term: int
+
+
+class CreateVmResp(Message):
+    """The answer to a create, and to a start or stop that was accepted."""
+
+    vm: AgentVm

@@ -12,9 +12,10 @@ import click
 from api.cli.common import Failure, WaitingCommand, connection, note, output_option, say, wait_option, write_data
 
 if TYPE_CHECKING:
-    from api.client import Client, PlanLine
+    from api.client import Client
     from specs.desired import EnvSpec
     from specs.documents import Document
+    from specs.wire import PlanLine
 
 _SUFFIXES = (".yaml", ".yml")
 

@@ -11,8 +11,8 @@ import click
 from api.cli.common import Failure, connection, output_option, say, targets, write_data
 
 if TYPE_CHECKING:
-    from api.client import Client, EnvDetail
-    from specs.wire import Condition, Host, Vm
+    from api.client import Client
+    from specs.wire import Condition, EnvDetail, Host, Vm
 
 
 @click.command()

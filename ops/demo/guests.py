@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import httpx
 
-from api.client import Client, EnvDetail
+from api.client import Client
 from ops.demo.site import Site, Trouble
-from specs.wire import Vm
+from specs.wire import EnvDetail, Vm
 
 _GUEST_LIMIT = 120.0  # seconds for a guest to boot without KVM on a busy machine
 _OPTIONS = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=10", "BatchMode=yes")

@@ -9,11 +9,11 @@ import signal
 
 import psutil
 
-from api.client import Client, EnvDetail
+from api.client import Client
 from ops.demo import guests, parts, traces
 from ops.demo.report import Report
 from ops.demo.site import Site, Trouble
-from specs.wire import Vm
+from specs.wire import EnvDetail, Vm
 
 ENV = "hello"
 

@@ -258,10 +258,10 @@ class Intents:
 
 
 def parse_if_match(value: str | None) -> int | None:
-    """The generation of an If-Match header (RFC 9110 §13.1.1): `"3"`, or `*` for any. Raises ValueError."""
+    """The generation in If-Match (RFC 9110 §13.1.1): `"3"`, an environment's ETag, or `*` for any. Raises ValueError."""
     if value is None or value.strip() == "*":
         return None
-    match = re.fullmatch(r'\s*(?:W/)?"?(\d{1,18})"?\s*', value)
+    match = re.fullmatch(r'\s*(?:W/)?"?(\d{1,18})(?:\.[^"]*)?"?\s*', value)
     if not match:
         raise ValueError('If-Match must be a generation such as "3"')
     return int(match[1])

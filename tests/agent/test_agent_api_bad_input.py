@@ -94,7 +94,20 @@ async def test_every_mistake_is_told_at_once(served: Served) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"{", b"{]", b"nul", b"\xff\xfe", b"NaN", b'{"a":1,}', b"[" * 100_000, b'{"cpu": 1e999}', b"\x00", b'"\\ud800"', b"{} {}"],
+    [
+        b"{",
+        b"{]",
+        b"nul",
+        b"\xff\xfe",
+        b"NaN",
+        b'{"a":1,}',
+        b"[" * 100_000,
+        b'{"cpu": 1e999}',
+        b"\x00",
+        b'"\\ud800"',
+        b"{} {}",
+        b'{"cpu": 1, "cpu": 2}',
+    ],
 )
 async def test_malformed_json_is_a_400(served: Served, raw: bytes) -> None:
     assert failure(*await served.call("POST", "/api/vms", content=raw, headers=JSON)) == (400, "malformed_json")

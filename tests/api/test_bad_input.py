@@ -67,7 +67,24 @@ def failed(answer: httpx.Response, status: int) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.parametrize("raw", [b"{", b'{"id": }', b"\xff\xfe", b'{"id": "a"', b"NaN", b'{"a":1}{"b":2}', b"'a'"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"{",
+        b'{"id": }',
+        b"\xff\xfe",
+        b'{"id": "a"',
+        b"NaN",
+        b'{"a":1}{"b":2}',
+        b"'a'",
+        b'{"id":"a","id":"b"}',
+        b"\xef\xbb\xbf{}",
+        b"[" * 9999,
+        b'{"id":"\\ud800"}',
+        b"[1e999]",
+        b"9" * 9999,
+    ],
+)
 async def test_malformed_json_is_400(rig: FleetRig, raw: bytes) -> None:
     assert failed(await rig.call("POST", "/api/envs", content=raw, headers=JSON), 400)["code"] == "malformed_json"
 
