@@ -68,14 +68,11 @@ class Database:
         """Checks, migrates and opens the database. Raises StoreCorrupt, StoreUnavailable."""
         engine = sa.create_engine(self.url)
         if engine.dialect.name == "sqlite":
+            self._check_unchanged(engine.url.database)
             sa.event.listen(engine, "connect", _sqlite_pragmas)
             sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
         try:
             with engine.begin() as connection:
-                if engine.dialect.name == "sqlite":
-                    verdict = connection.exec_driver_sql("PRAGMA quick_check").scalar()
-                    if verdict != "ok":
-                        raise StoreCorrupt(f"{self.url} is damaged ({verdict}); restore it from a backup, nothing was changed")
                 _migrate(connection)
         except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
             engine.dispose()
@@ -88,6 +85,24 @@ class Database:
         self._engine = engine
         self._writer = threading.Thread(target=self._write_forever, name="store-writer", daemon=True)
         self._writer.start()
+
+    def _check_unchanged(self, path: str | None) -> None:
+        """Raises StoreCorrupt on damage, StoreUnavailable, and leaves every byte as it is.
+
+        A connection that may write would, when it is closed, copy what a killed controller left in its log over the damaged
+        file, and remove the log (https://sqlite.org/wal.html#the_wal_file).
+        """
+        if not path or not Path(path).exists():
+            return
+        try:
+            with contextlib.closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable(f"{self.url} cannot be opened: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreCorrupt(f"{self.url} is not a database of muster: {error}") from error
+        if verdict != "ok":
+            raise StoreCorrupt(f"{self.url} is damaged ({verdict}); restore it from a backup, nothing was changed")
 
     def begin_term(self, now: float = 0.0) -> tuple[ClusterId, int]:
         """The cluster's id, made at first, and a term higher than every one before; both durable on return.

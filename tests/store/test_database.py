@@ -159,6 +159,23 @@ def test_a_damaged_file_is_refused_and_not_touched(path: Path, content: bytes) -
     assert path.read_bytes() == content
 
 
+async def test_a_damaged_file_is_not_touched_either_when_a_killed_controller_left_its_log(
+    store: Database, path: Path, tmp_path: Path
+) -> None:
+    store.close()  # from here on the log holds what is new, and no longer the whole database
+    store.open()
+    await store.commit(Change(envs=(ENV,)))
+    left = tmp_path / "left"
+    left.mkdir()
+    content = {name: (path.parent / name).read_bytes() for name in ("muster.db", "muster.db-wal")}
+    content["muster.db"] = bytes(range(256)) * 64
+    for name, data in content.items():
+        (left / name).write_bytes(data)
+    with pytest.raises(StoreCorrupt, match=r"muster\.db"):
+        Database.at(left / "muster.db").open()
+    assert {name: (left / name).read_bytes() for name in content} == content
+
+
 async def test_a_record_nobody_can_read_is_refused(store: Database, path: Path) -> None:
     await store.commit(Change(envs=(ENV,)))
     store.close()
