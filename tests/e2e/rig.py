@@ -62,7 +62,8 @@ class Part:
     def end(self) -> None:
         """As an administrator would."""
         if self.process is not None:
-            self.process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
+                self.process.terminate()
             self.process.wait(40)
             self.process = None
 

@@ -29,7 +29,8 @@ KEY = "a-key-of-this-test"
 HEARTBEAT = 1.0  # seconds
 GRACE = 4.0  # seconds offline until VMs with `on_host_loss: recreate` are made anew
 DISK_MIB = 8
-Direction = Literal["both ways", "to the host", "from the host"]
+Direction = Literal["both ways", "to the host", "from the host", "its data"]
+"""`its data`: the host hears everything and connections stand, but nothing it says arrives."""
 _FORWARD = re.compile(r"(\d+) : (\d+\.\d+\.\d+\.\d+) \. (\d+)")
 
 
@@ -70,6 +71,13 @@ class Host:
     def pids(self) -> dict[str, int]:
         """The first process of every running container, by VM id."""
         return {vm_id: pid for vm_id, pid in self._containers().items() if pid}
+
+    def destroy(self, vm_id: str, cluster: str, term: int) -> None:
+        """Has the agent remove a VM, as its cluster's controller would."""
+        headers = {"Authorization": f"Bearer {KEY}", "X-Muster-Cluster": cluster, "X-Muster-Term": str(term)}
+        with inside(self.namespace), httpx.Client(trust_env=False, timeout=60.0, headers=headers) as client:
+            answer = client.delete(f"http://{self.addr}/api/vms/{vm_id}")
+            assert answer.status_code == 200, answer.text
 
     def found(self) -> Found:
         """Looks at everything. Meant for a host at rest: what is under way shows as stray."""
@@ -257,6 +265,9 @@ class Site:
     def _apply_cuts(self) -> None:
         rules = {"prerouting": "", "output": ""}
         for address, direction in self._cut.items():
+            if direction == "its data":
+                rules["prerouting"] += f"ip saddr {address} tcp flags & psh == psh drop\n"
+                continue
             if direction != "to the host":
                 rules["prerouting"] += f"ip saddr {address} drop\n"
             if direction != "from the host":
