@@ -315,6 +315,14 @@ class Fleet:
             return Unknown(f"host {host.shown_id} is still looking at what it runs")
         return Absent()
 
+    def holder(self, vm_id: VmId) -> HostId | None:
+        """The host that shows a VM for which none is recorded: the store is older than the VM's creation."""
+        for host in self.hosts.values():
+            there = host.vms.get(vm_id) if host.online and host.intent.id else None
+            if there is not None and there.cluster_id in ("", self.cluster):
+                return host.intent.id
+        return None
+
     def rooms(self) -> list[HostRoom]:
         """Every registered host as placement sees it, in registration order."""
         return [self._room(host) for host in self.hosts.values()]
@@ -323,7 +331,7 @@ class Fleet:
         info = host.info
         host_id = HostId(host.shown_id)
         load = self._load[host_id] if host.intent.id else Load()
-        strangers = [vm for vm_id, vm in host.vms.items() if not self._is_ours(vm_id)]
+        strangers = [vm for vm_id, vm in host.vms.items() if not self._is_ours(host, vm_id)]
         resource = info.resource if info else None
         images: dict[str | None, frozenset[str]] = {}
         if info and info.images_by_engine:
@@ -352,12 +360,13 @@ class Fleet:
         """What is placed on a host, reservations included."""
         return self._load.get(host_id) or Load()
 
-    def _is_ours(self, vm_id: VmId) -> bool:
-        return vm_id in self.vms
+    def _is_ours(self, host: HostState, vm_id: VmId) -> bool:
+        vm = self.vms.get(vm_id)
+        return vm is not None and vm.host_id == host.intent.id
 
     def strangers(self, host: HostState) -> list[AgentVm]:
         """What the host runs that the store has never heard of: shown and counted, never touched."""
-        return [vm for vm_id, vm in host.vms.items() if not self._is_ours(vm_id)]
+        return [vm for vm_id, vm in host.vms.items() if not self._is_ours(host, vm_id)]
 
     # ---- observations
 
@@ -413,9 +422,11 @@ class Fleet:
         before, host.vms, host.report = host.vms, fresh, report
         self._look_at(look)
         for vm_id in fresh.keys() - before.keys():
-            if not self._is_ours(vm_id):
+            if not self._is_ours(host, vm_id) and vm_id not in self._unplaced:  # those are bound to this host now
                 self._note_stranger(host, fresh[vm_id])
-        if last is None or any(before.get(key) != fresh.get(key) for key in {**before, **fresh} if not self._is_ours(key)):
+        if last is None or any(
+            before.get(key) != fresh.get(key) for key in {**before, **fresh} if not self._is_ours(host, key)
+        ):
             self.wake_unplaced()
             self.changed("host", host.shown_id)
         return True

@@ -37,7 +37,7 @@ from reconciler.loop.moves import Moves
 from reconciler.loop.notes import note_replaced
 from reconciler.loop.workqueue import WorkQueue
 from reconciler.store.database import Database, StoreUnavailable
-from specs.names import EnvId, VmId
+from specs.names import EnvId, HostId, VmId
 from specs.wire import CreateVmReq
 
 log = structlog.get_logger()
@@ -102,6 +102,10 @@ class Reconciler:
             await self._bury_again(intent)
             return
         self.queue.forget_timer(vm_id)
+        there = self.fleet.holder(vm_id) if intent.host_id is None else None
+        if there is not None:
+            await self._bind(intent, there)
+            return
         seen = self.fleet.seen(intent)
         if isinstance(seen, Present) and seen.state == "failed" and seen.message and intent.desired != "absent":
             self.fleet.note("Failed", f"on host {intent.host_id}: {seen.message}", vm=intent, news=True)
@@ -139,16 +143,19 @@ class Reconciler:
                 self.fleet.note("Unplaceable", message, vm=intent)
             self._set(intent.id, phase="pending", message=message, next_at=None)
             return
-        self.fleet.reserve(intent, decision.host_id)
+        await self._bind(intent, decision.host_id)
+
+    async def _bind(self, intent: VmIntent, host_id: HostId) -> None:
+        self.fleet.reserve(intent, host_id)
         try:
-            change = Change(placed=((intent.id, decision.host_id),))
+            change = Change(placed=((intent.id, host_id),))
             await self.store.commit(change)
         except BaseException:
             self.fleet.release(intent.id)
             raise
         self.fleet.apply(change)  # wakes the VM for its create
-        self.fleet.note("Placed", f"placed on host {decision.host_id}", vm=intent, host=decision.host_id)
-        self._set(intent.id, phase="progressing", message=f"placed on host {decision.host_id}", next_at=None)
+        self.fleet.note("Placed", f"placed on host {host_id}", vm=intent, host=host_id)
+        self._set(intent.id, phase="progressing", message=f"placed on host {host_id}", next_at=None)
 
     async def _call_host(self, intent: VmIntent) -> None:
         host = self.fleet.host(intent.host_id or "")

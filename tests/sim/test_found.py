@@ -167,3 +167,20 @@ def test_a_fleet_writes_into_the_log_of_events_it_is_given_even_while_that_is_em
     Fleet(ClusterId("here"), events=events).note("Recorded", "as asked", env="web")
     (event,) = events
     assert (event.env, event.first_seen) == ("web", 7)
+
+
+@pytest.mark.parametrize("desired", ["running", "stopped", "absent"])
+async def test_a_vm_that_a_host_shows_is_bound_to_that_host_where_an_older_store_records_none(desired: Any) -> None:
+    fleet = _fleet(vm_intent(host=None, desired=desired))
+    _report(fleet, _vm("running"), "b1", 7)
+    reconciler, _ = _loop(fleet, Store(), StoppedClock())
+    await reconciler._reconcile(VM)
+    reconciler.queue.close()
+    assert (fleet.vms[VM].host_id, fleet.vms[VM].gone_at, fleet.load(HOST).count) == (HOST, 0, 1)
+
+
+def test_a_second_copy_of_a_vm_on_a_host_it_is_not_bound_to_is_shown_and_takes_room() -> None:
+    fleet = _fleet(vm_intent(host="h2"))
+    _report(fleet, _vm("running"), "b1", 7)
+    assert [vm.id for vm in fleet.strangers(fleet.hosts[ADDR])] == [VM]
+    assert [room.cpu_used for room in fleet.rooms()] == [1]
