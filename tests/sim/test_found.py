@@ -119,7 +119,7 @@ def test_a_reply_is_taken_over_while_the_report_is_older_than_an_earlier_call() 
 def test_room_stays_reserved_while_a_placement_is_on_its_way_whatever_people_change(changes: dict[str, Any]) -> None:
     waiting = vm_intent(host=None)
     fleet = _fleet(waiting)
-    fleet.reserve(VM, HOST)
+    fleet.reserve(waiting, HOST)
     fleet.apply(Change(vms=(replace(waiting, **changes),)))
     assert fleet.load(HOST).count == 1
     fleet.apply(Change(placed=((VM, HOST),)))
