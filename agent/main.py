@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import structlog
 from agent import detect
 from agent.app import make_app
 from agent.engines.base import Engine
+from agent.engines.bhyve import BhyveEngine
 from agent.engines.docker import DockerEngine
 from agent.engines.firecracker import FirecrackerEngine
 from agent.engines.qemu import QemuEngine
@@ -196,7 +198,14 @@ def _engines(settings: AgentSettings, storage: Storage, network: Network) -> dic
             network=network.name,
         ),
         EngineKind.DOCKER: DockerEngine(settings.runtime_at, settings.docker),
+        **_freebsd_engines(settings, storage),
     }
+
+
+def _freebsd_engines(settings: AgentSettings, storage: Storage) -> dict[EngineKind, Engine]:
+    if not sys.platform.startswith("freebsd"):
+        return {}
+    return {EngineKind.BHYVE: BhyveEngine(settings.runtime_at, storage.images)}
 
 
 async def _close(drivers: Drivers) -> None:

@@ -1,7 +1,6 @@
-"""Processes that outlive the agent: who they are, whether they live, when they end. Called by engines with a process a VM.
+"""Processes that outlive the agent: how they are started and known again, when they end. Called by engines with a process a VM.
 
-A pid alone is never believed: the kernel reuses it. A process is its pid together with its start time and the boot it
-belongs to (`/proc/<pid>/stat` field 22 in clock ticks since boot, proc(5); elsewhere psutil's creation time).
+Who a process is, and why a pid alone is never believed, is in identity.py.
 """
 
 from __future__ import annotations
@@ -12,62 +11,30 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
 from agent.errors import AgentError
+from agent.identity import ProcessRecord, alive, boot_id, identify
+
+__all__ = [
+    "ExitWatch",
+    "ProcessRecord",
+    "alive",
+    "boot_id",
+    "identify",
+    "kill",
+    "read_record",
+    "send_signal",
+    "spawn",
+    "wait_gone",
+    "write_json",
+    "write_record",
+]
 
 POLL_INTERVAL = 0.2  # seconds; only where the kernel has no pidfd
 KILL_LIMIT = 20.0  # seconds; a process with much memory takes one or two to be torn down
-_HAS_PROC = sys.platform == "linux"
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessRecord:
-    """The identity of one process, for as long as the files of a host live."""
-
-    pid: int
-    start: str
-    boot: str
-
-
-@cache
-def boot_id() -> str:
-    """What changes with every boot of the host: Linux' random boot id, elsewhere the boot time in seconds."""
-    if _HAS_PROC:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return str(int(psutil.boot_time()))
-
-
-def identify(pid: int) -> ProcessRecord | None:
-    """The identity of the process that has this pid now; None if there is none or only a zombie is left of it."""
-    start = _start_of(pid)
-    return ProcessRecord(pid, start, boot_id()) if start else None
-
-
-def alive(record: ProcessRecord) -> bool:
-    """Whether that very process still runs. A zombie does not: its memory is free."""
-    return identify(record.pid) == record
-
-
-def _start_of(pid: int) -> str:
-    if _HAS_PROC:
-        try:
-            # The command name may hold blanks and brackets; fields are counted from the last one.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-        return "" if fields[0] in ("Z", "X") else fields[19]
-    try:
-        process = psutil.Process(pid)
-        return "" if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def write_json(path: Path, value: object) -> None:
