@@ -170,7 +170,9 @@ class Lifecycle:
     async def _make_disk(self, entry: Entry, record: VmRecord, kind: DiskKind) -> Disk:
         self._on_step(entry, "disk")
         request = record.request
-        return await self._storage.ensure_disk(entry.id, entry.folder, request.image, request.disk, kind)
+        return await self._storage.ensure_disk(
+            entry.id, entry.folder, request.image, request.disk, kind, cluster=entry.cluster_id
+        )
 
     async def _plug_in(self, entry: Entry, record: VmRecord, disk: Disk | None) -> Machine:
         self._on_step(entry, "network")

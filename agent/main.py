@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from agent import detect
+from agent import detect, zfs
 from agent.app import make_app
 from agent.engines.base import Engine
 from agent.engines.bhyve import BhyveEngine
@@ -31,6 +31,7 @@ from agent.runtime import Drivers, Runtime
 from agent.settings import AgentSettings
 from agent.storage.base import Storage
 from agent.storage.file import FileStorage
+from agent.storage.zvol import ZvolStorage
 from specs.http import Access, Listen, Server
 from specs.logs import set_up_logs
 from specs.names import Engine as EngineKind
@@ -172,13 +173,27 @@ async def _choose(settings: AgentSettings) -> Drivers:
 
 
 async def _choose_storage(settings: AgentSettings) -> Storage:
-    if settings.storage is not StorageKind.FILE:
-        raise AgentError(f"this agent has no driver for storage {settings.storage}; it has {StorageKind.FILE}")
-    storage = FileStorage(settings.images_at, settings.runtime_at)
+    storage: Storage
+    if settings.storage is StorageKind.ZVOL:
+        storage = ZvolStorage(
+            settings.images_at,
+            await _dataset("--zfs-images", settings.zfs_images, settings.images_at),
+            await _dataset("--zfs-runtime", settings.zfs_runtime, settings.runtime_at),
+        )
+    else:
+        storage = FileStorage(settings.images_at, settings.runtime_at)
     probe = await storage.probe()
     if isinstance(probe, Unusable):
         raise AgentError(f"storage {settings.storage} does not work here: {probe.why}")
     return storage
+
+
+async def _dataset(flag: str, given: str | None, folder: Path) -> str:
+    """The dataset given, else the one mounted at the folder. Raises AgentError if there is neither."""
+    dataset = given or await zfs.mounted_at(folder)
+    if dataset is None:
+        raise AgentError(f"storage zvol needs {flag} POOL/DATASET: no ZFS filesystem is mounted at {folder}")
+    return dataset
 
 
 def _engines(settings: AgentSettings, storage: Storage, network: Network) -> dict[EngineKind, Engine]:

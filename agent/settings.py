@@ -19,6 +19,9 @@ from specs.names import EngineName, Name, Storage, StorageName
 
 _ROOT_DATA = Path("/var/lib/muster")
 _MIN_KEY = 8
+# zfs(8): components of letters, digits and `-_.:`; a pool's name begins with a letter. A name has 255 characters at most, of
+# which a VM's takes up to 128.
+ZFS_DATASET = r"^[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*$"
 
 
 def default_data_dir() -> Path:
@@ -71,6 +74,10 @@ class AgentSettings(BaseModel):
     runtime_dir: Path | None = None
     """One folder a VM; `<data_dir>/vms` if not given."""
     storage: StorageName = Storage.FILE
+    zfs_images: Annotated[str, Field(pattern=ZFS_DATASET, max_length=100)] | None = None
+    """Dataset of base images for zvol storage; the one mounted at the image folder if not given."""
+    zfs_runtime: Annotated[str, Field(pattern=ZFS_DATASET, max_length=100)] | None = None
+    """Dataset of VMs' disks for zvol storage; the one mounted at the runtime folder if not given."""
     host_id: Name | None = None
     """Made from the host name and kept in `<data_dir>/host-id` if not given."""
     labels: Annotated[dict[Name, Label], BeforeValidator(_labels)] = Field(default_factory=dict)

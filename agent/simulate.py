@@ -138,7 +138,9 @@ class Peace(Faults):
 class SimulatedStorage(FakeStorage):
     """Disks in memory. The runtime looks whether a disk's path exists before it boots it again."""
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
+    async def ensure_disk(
+        self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any", *, cluster: str = ""
+    ) -> Disk:
         """A disk of which there is only the size."""
         await super().ensure_disk(vm_id, folder, image, size_mib, kind)
         return Disk(Path(os.devnull), "raw")

@@ -26,11 +26,14 @@ class Storage(Protocol):
         """
         ...
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
+    async def ensure_disk(
+        self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any", *, cluster: str = ""
+    ) -> Disk:
         """Clones `image` and grows it to `size_mib`; an existing disk of this VM is kept with its contents.
 
         A disk of kind `raw` or `rootfs` has the format `raw`: a file or a block device. The filesystem of a `rootfs` disk fills
         it (agent/storage/rootfs.py grows it); what is inside the disks of other kinds is the guest's business.
+        `cluster` is noted beside the disk where the storage has a place for it.
 
         An image larger than `size_mib` is refused. Raises ImageMissing, ImageRefused, DoesNotFit, AgentError. Safe to repeat
         after a cut-off: a half-made clone is never taken for a disk.

@@ -56,7 +56,9 @@ class FakeStorage:
         await self.world.faults.reach("images")
         return tuple(sorted(self._images(kind)))
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
+    async def ensure_disk(
+        self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any", *, cluster: str = ""
+    ) -> Disk:
         """Clones in two moves, so that it can be cut off between them."""
         world = self.world
         await world.faults.reach("ensure_disk", vm_id)

@@ -57,7 +57,9 @@ class FileStorage:
         found = await asyncio.to_thread(list_images, self._image_dir)
         return tuple(image.name for image in found if _suits(image, kind))
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
+    async def ensure_disk(
+        self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any", *, cluster: str = ""
+    ) -> Disk:
         """Makes `<folder>/disk.qcow2` over the image, or `<folder>/disk.raw` from it. An existing disk is kept as it is."""
         disk = Disk(folder / DISK, "qcow2") if kind == "any" else Disk(folder / RAW, "raw")
         if await asyncio.to_thread(disk.path.is_file):

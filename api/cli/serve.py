@@ -44,6 +44,8 @@ _agent_options = _options(
     _flag("--image-dir", "Folder of base images [DATA-DIR/images].", type=_PATH),
     _flag("--runtime-dir", "Folder with one folder a VM [DATA-DIR/vms].", type=_PATH),
     _flag("--storage", "How disks are kept: file (or raw), zvol (or zfs).", metavar="KIND"),
+    _flag("--zfs-images", "Dataset of images for zvol [the one mounted at the image folder].", metavar="DATASET"),
+    _flag("--zfs-runtime", "Dataset of VMs' disks for zvol [the one mounted at the runtime folder].", metavar="DATASET"),
     _flag("--host-id", "Name of this host [made from its host name, then kept].", metavar="NAME"),
     _flag("--labels", "Labels that VMs may ask for by host_labels, such as zone=a,disk=ssd.", metavar="KEY=VALUE,…"),
     _flag("--engines", "Engines that must work, such as qemu,docker [all that do].", metavar="LIST"),

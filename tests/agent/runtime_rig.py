@@ -49,9 +49,11 @@ def request(vm_id: str = "vm-a", **changes: Any) -> CreateVmReq:
 class FileBackedFake(FakeStorage):
     """The fake storage with a file where the disk is said to be, as the runtime may rely on."""
 
-    async def ensure_disk(self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any") -> Disk:
+    async def ensure_disk(
+        self, vm_id: VmId, folder: Path, image: str, size_mib: int, kind: DiskKind = "any", *, cluster: str = ""
+    ) -> Disk:
         """Makes the file once the clone is whole."""
-        disk = await super().ensure_disk(vm_id, folder, image, size_mib, kind)
+        disk = await super().ensure_disk(vm_id, folder, image, size_mib, kind, cluster=cluster)
         disk.path.touch()
         return disk
 

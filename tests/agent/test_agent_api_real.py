@@ -98,7 +98,11 @@ async def test_serving_says_when_it_is_ready_and_ends_on_sigterm(short: Path) ->
     [
         ({"engines": "docker", "docker": "no-such-docker"}, "engine docker does not work here: .*no-such-docker"),
         ({"engines": "bhyve"}, "no driver for bhyve; it has qemu, "),
-        ({"storage": "zfs"}, "no driver for storage zvol"),
+        ({"storage": "zfs"}, "`zfs list .*/images` is not installed"),
+        (
+            {"storage": "zvol", "zfs_images": "tank/a", "zfs_runtime": "tank/b"},
+            "storage zvol does not work here: zfs is not inst",
+        ),
     ],
 )
 async def test_what_was_named_and_does_not_work_keeps_the_agent_from_starting(
