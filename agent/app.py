@@ -18,6 +18,7 @@ def make_app(services: Services, access: http.Access) -> Application:
             (r"/api/images", handlers.ImagesHandler),
             (r"/api/vms", handlers.VmsHandler),
             (vm, handlers.VmHandler),
+            (rf"{vm}/spec", handlers.SpecHandler),
             (rf"{vm}/(?P<verb>stop|start)", handlers.PowerHandler),
             (r"/healthz", handlers.HealthHandler),
             (r"/readyz", handlers.ReadyHandler),

@@ -178,6 +178,14 @@ class VmHandler(AgentHandler):
         self.reply_done()
 
 
+class SpecHandler(AgentHandler):
+    """GET /api/vms/{id}/spec"""
+
+    async def on_get(self, vm_id: str) -> None:
+        """The CreateVmReq the VM was made from, so that a controller that lost its records can take the VM over."""
+        self.reply(self.runtime.spec(vm_id).wire())
+
+
 class PowerHandler(AgentHandler):
     """/api/vms/{id}/stop and /api/vms/{id}/start"""
 

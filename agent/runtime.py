@@ -147,6 +147,13 @@ class Runtime:
         """One VM. Raises NotFound."""
         return self._inventory.shown(self._inventory.find(vm_id))
 
+    def spec(self, vm_id: str) -> CreateVmReq:
+        """What was asked for when the VM was made. Raises NotFound, Conflict where its record cannot be read."""
+        entry = self._inventory.find(vm_id)
+        if entry.request is None:
+            raise Conflict(f"the record of VM {entry.id} cannot be read ({entry.broken})")
+        return entry.request
+
     def list(self) -> list[AgentVm]:
         """Every VM, oldest first, those whose creation failed included."""
         return [self._inventory.shown(entry) for entry in self._inventory.entries.values()]

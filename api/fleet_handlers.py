@@ -8,7 +8,9 @@ from typing import Any
 from api.handlers import ApiHandler
 from reconciler.core.events import select
 from reconciler.events import KEPT
+from specs.desired import AdoptReq
 from specs.http import Failure
+from specs.wire import UnknownVm
 
 EVENTS_TOLD = 500  # unless `limit` says otherwise
 
@@ -51,7 +53,39 @@ class HostDrain(ApiHandler):
         self.reply(self.views.host(self.controller.intents.host(host_id)))
 
 
+class HostUnknown(ApiHandler):
+    """/api/hosts/{id}/unknown"""
+
+    async def on_get(self, host_id: str) -> None:
+        """What the host has and nobody recorded, as it reported last."""
+        found = self.controller.quarantine.unknown(host_id)
+        self.reply([UnknownVm(**vm.model_dump(), obstacle=why) for vm, why in found])
+
+
+class HostUnknownVm(ApiHandler):
+    """/api/hosts/{id}/unknown/{vm_id}"""
+
+    async def on_delete(self, host_id: str, vm_id: str) -> None:
+        """Records that nothing of the VM may be left."""
+        self.no_body()
+        await self.controller.quarantine.destroy(host_id, vm_id)
+        self.reply()
+
+
+class HostUnknownAdopt(ApiHandler):
+    """/api/hosts/{id}/unknown/{vm_id}/adopt"""
+
+    async def on_post(self, host_id: str, vm_id: str) -> None:
+        """Records the VM as part of an environment. Answers the environment."""
+        wish = self.read(AdoptReq)
+        await self.controller.quarantine.adopt(host_id, vm_id, wish.env, wish.name)
+        self.reply(self.env_detail(wish.env))
+
+
 ROUTES: list[Any] = [
+    (r"/api/hosts/(?P<host_id>[^/]+)/unknown", HostUnknown),
+    (r"/api/hosts/(?P<host_id>[^/]+)/unknown/(?P<vm_id>[^/]+)", HostUnknownVm),
+    (r"/api/hosts/(?P<host_id>[^/]+)/unknown/(?P<vm_id>[^/]+)/adopt", HostUnknownAdopt),
     (r"/api/hosts/(?P<host_id>[^/]+)/drain", HostDrain),
     (r"/api/events", Events),
 ]

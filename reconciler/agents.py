@@ -20,7 +20,7 @@ READ_TIMEOUT = 10.0  # seconds
 CALL_TIMEOUT = 300.0  # a plain agent answers a create only once the VM runs
 CONNECT_TIMEOUT = 3.0
 _VMS = TypeAdapter(tuple[AgentVm, ...])
-M = TypeVar("M", AgentInfo, AgentVm)
+M = TypeVar("M", AgentInfo, AgentVm, CreateVmReq)
 
 
 class AgentFailure(Exception):
@@ -100,6 +100,16 @@ class AgentClient:
         except (ValidationError, ValueError, TypeError) as error:
             raise BadReply(f"{self.addr} answered a list of VMs that makes no sense: {_short(error)}") from error
         return Listing({VmId(vm.id): vm for vm in vms}, boot_id, seq, body.get("complete", True) is True)
+
+    async def spec(self, vm_id: VmId) -> CreateVmReq | None:
+        """What the agent was asked for when it made the VM; None from an agent that does not tell. Raises AgentFailure."""
+        try:
+            body = await self._read(f"/api/vms/{vm_id}/spec")
+        except Refused as error:
+            if error.status in (404, 405):
+                return None
+            raise
+        return _parse(CreateVmReq, body.get("data"), self.addr)
 
     async def create(self, request: CreateVmReq) -> Reply:
         """Creates and starts a VM, or finds it there already."""

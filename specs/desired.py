@@ -210,6 +210,13 @@ def spec_hash(vm: VmSpec, env_keys: tuple[str, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class AdoptReq(Request):
+    """The body of POST /api/hosts/{id}/unknown/{vm_id}/adopt; `name` is the agent's word for the VM, or its id, if left out."""
+
+    env: Name
+    name: Name | None = None
+
+
 class ExtendReq(Request):
     """The body of POST /api/envs/{id}/extend: seconds from now, or NEVER."""
 

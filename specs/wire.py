@@ -66,6 +66,12 @@ class AgentVm(Message):
     warnings: tuple[str, ...] = ()
 
 
+class UnknownVm(AgentVm):
+    """A VM nobody recorded. `obstacle` says why it can be neither adopted nor destroyed from here, "" if it can."""
+
+    obstacle: str = ""
+
+
 class AgentInfo(Message):
     """GET /api/info of an agent. `version`, `boot_id` and `network` are ours."""
 

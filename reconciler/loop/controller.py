@@ -16,6 +16,7 @@ from reconciler.fleet import Fleet, HostState
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Intents, make_vm_id
 from reconciler.loop.moves import drain_forever
+from reconciler.loop.quarantine import Quarantine
 from reconciler.loop.reconciler import Reconciler
 from reconciler.loop.timers import expire_forever, keep_events_forever, recreate_forever, resync_forever, save_events
 from reconciler.loop.watchers import Watchers, WatchSettings
@@ -54,6 +55,7 @@ class Controller:
 
         self.reconciler = Reconciler(self.fleet, store, self.watchers.client, new_vm_id, clock)
         self.intents = Intents(self.fleet, store, self.reconciler, new_vm_id, clock)
+        self.quarantine = Quarantine(self.fleet, store, self.reconciler.env_locks, self.watchers.client, clock)
         self._agent_key = agent_key
         self._host_loss_grace = host_loss_grace
         self._tasks: list[asyncio.Task[None]] = []

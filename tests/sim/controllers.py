@@ -15,7 +15,7 @@ from unittest import mock
 import sqlalchemy as sa
 
 from reconciler.loop import controller as controller_module
-from reconciler.loop import intents, moves, reconciler, timers, watchers
+from reconciler.loop import intents, moves, quarantine, reconciler, timers, watchers
 from reconciler.loop.clock import Clock
 from reconciler.loop.controller import Controller
 from reconciler.loop.watchers import WatchSettings
@@ -128,7 +128,7 @@ def production_in(world: World) -> Iterator[None]:
         return SimClient(world, addr, cluster, term)
 
     with contextlib.ExitStack() as stack:
-        for module in (controller_module, intents, moves, reconciler, timers, watchers, database):
+        for module in (controller_module, intents, moves, quarantine, reconciler, timers, watchers, database):
             stack.enter_context(mock.patch.object(module, "log", _LOG))
         stack.enter_context(mock.patch.object(controller_module, "AgentClient", client))
         secrets = SimpleNamespace(token_hex=lambda size: f"{ids.getrandbits(8 * size):0{2 * size}x}")
