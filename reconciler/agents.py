@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import ssl
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,15 +73,10 @@ class AgentClient:
         headers = {CLUSTER_HEADER: cluster, TERM_HEADER: str(term)}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._http = httpx.AsyncClient(
-            base_url=f"http://{addr}",
-            headers=headers,
-            timeout=httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            transport=AiohttpTransport(trust_env=False, limits=httpx.Limits(max_connections=None)),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._headers = headers
+        self._urls = {path: httpx.URL(f"http://{addr}{path}") for path in ("/api/vms", "/api/info")}
+        # The transport alone: httpx's client, with its redirects, cookies and merging of URLs, costs as much as the call.
+        self._http = AiohttpTransport(verify=_tls(), trust_env=False, limits=httpx.Limits(max_connections=None))
 
     async def close(self) -> None:
         """Drops all connections."""
@@ -150,20 +147,24 @@ class AgentClient:
     async def _send(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, limit: float, prefer: str = ""
     ) -> dict[str, Any]:
-        headers = {"Prefer": prefer} if prefer else {}
+        headers = {**self._headers, "Prefer": prefer} if prefer else dict(self._headers)
         content = None
         if body is not None:
             content = orjson.dumps(body)
             headers["Content-Type"] = "application/json"
         try:
-            async with self._http.stream(
-                method, path, content=content, headers=headers, timeout=httpx.Timeout(limit, connect=CONNECT_TIMEOUT)
-            ) as response:
+            url = self._urls.get(path) or httpx.URL(f"http://{self.addr}{path}")
+            limits = httpx.Timeout(limit, connect=CONNECT_TIMEOUT, pool=None)
+            request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": limits.as_dict()})
+            response = await self._http.handle_async_request(request)
+            try:
                 raw = bytearray()
                 async for chunk in response.aiter_bytes():
                     raw += chunk
                     if len(raw) > MAX_REPLY:
                         raise BadReply(f"{self.addr} answered more than {MAX_REPLY} bytes to {method} {path}")
+            finally:
+                await response.aclose()
         except httpx.HTTPError as error:
             raise Unreachable(f"{method} http://{self.addr}{path}: {_cause(error)}") from error
         return self._envelope(method, path, response.status_code, bytes(raw))
@@ -178,6 +179,12 @@ class AgentClient:
         if answer["ok"] and 200 <= status < 300:
             return answer
         raise Refused(status, str(answer.get("code", "")), str(answer.get("error", f"HTTP {status}"))[:4000])
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One for all clients: reading the certificates takes longer than a thousand calls, and half a megabyte."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _parse(model: type[M], data: object, addr: str) -> M:

@@ -159,6 +159,7 @@ class Fleet:
         self._load: defaultdict[HostId, Load] = defaultdict(Load)
         self._host_envs: defaultdict[HostId, defaultdict[EnvId, int]] = defaultdict(lambda: defaultdict(int))
         self._reserved: dict[VmId, tuple[VmIntent, HostId]] = {}
+        self._rooms: dict[str, HostRoom] = {}  # by address; missing where anything of it has changed
         self._tick = 0
 
     # ---- durable state
@@ -177,6 +178,7 @@ class Fleet:
             self._set_vm(replace(self.vms[vm_id], gone_at=when))
         for vm_id in change.drop_vms:
             self.vms.pop(vm_id, None)
+            self._rooms.clear()  # where it still is, it is a stranger from now on
         for env_id in change.drop_envs:
             self.envs.pop(env_id, None)
             self.changed("env", env_id)
@@ -184,12 +186,14 @@ class Fleet:
             self._set_host(host)
         for addr in change.drop_hosts:
             state = self.hosts.pop(addr, None)
+            self._rooms.pop(addr, None)
             if state and state.intent.id:
                 self._host_addr.pop(state.intent.id, None)
             self.changed("host", state.shown_id if state else addr)
             self.wake_unplaced()
 
     def _set_host(self, host: HostIntent) -> None:
+        self._rooms.pop(host.addr, None)
         state = self.hosts.get(host.addr)
         if state is None:
             self.hosts[host.addr] = HostState(host)
@@ -210,6 +214,9 @@ class Fleet:
             self._count(old, -1)
         if vm.host_id or vm.gone_at:  # until then its placement may be on its way to the disk, and the room is not free
             self.release(vm.id)
+        if old is None:  # one that a host has already is a stranger no more
+            for addr in [addr for addr, host in self.hosts.items() if vm.id in host.vms]:
+                self._rooms.pop(addr, None)
         self.vms[vm.id] = vm
         if vm.gone_at:
             self._env_vms[vm.env_id].pop(vm.id, None)
@@ -242,6 +249,7 @@ class Fleet:
 
     def _add_load(self, vm: VmIntent, host_id: HostId, sign: int) -> None:
         self._load[host_id].add(vm.spec, sign)
+        self._rooms.pop(self._host_addr.get(host_id, ""), None)
         envs = self._host_envs[host_id]
         envs[vm.env_id] += sign
         if not envs[vm.env_id]:
@@ -325,7 +333,11 @@ class Fleet:
 
     def rooms(self) -> list[HostRoom]:
         """Every registered host as placement sees it, in registration order."""
-        return [self._room(host) for host in self.hosts.values()]
+        rooms = self._rooms
+        for addr, host in self.hosts.items():
+            if addr not in rooms:
+                rooms[addr] = self._room(host)
+        return [rooms[addr] for addr in self.hosts]
 
     def _room(self, host: HostState) -> HostRoom:
         info = host.info
@@ -378,6 +390,7 @@ class Fleet:
     def observe_info(self, addr: str, info: AgentInfo, now: float) -> None:
         """Takes over what an agent says of itself. Its id has been checked by the caller."""
         host = self.hosts[addr]
+        self._rooms.pop(addr, None)
         came_back = not host.online
         before = host.info
         host.online, host.why, host.heard_at, host.info = True, "", now, info
@@ -420,6 +433,7 @@ class Fleet:
             host.boots.append(report.boot_id)
         host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
         before, host.vms, host.report = host.vms, fresh, report
+        self._rooms.pop(addr, None)
         self._look_at(look)
         for vm_id in fresh.keys() - before.keys():
             if not self._is_ours(host, vm_id) and vm_id not in self._unplaced:  # those are bound to this host now
@@ -449,6 +463,8 @@ class Fleet:
         if host.has_outlived(boot_id) or (vm_id not in host.touched and host.has_report(boot_id, seq)):
             return
         host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
+        if vm_id not in self.vms:
+            self._rooms.pop(addr, None)
         if vm is not None:
             host.vms[vm_id] = vm
         else:
@@ -463,6 +479,7 @@ class Fleet:
         host = self.hosts.get(addr)
         if host is None:
             return
+        self._rooms.pop(addr, None)
         was_online, changed = host.online, host.why != why
         host.online, host.why, host.report = False, why, None
         if host.offline_since is None:

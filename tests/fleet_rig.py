@@ -109,6 +109,8 @@ class FleetRig:
             for host in self.hosts
             if max(host.machines.most_alive, host.containers.most_alive) > 1
         )
+        if fleet.rooms() != [fleet._room(host) for host in fleet.hosts.values()]:
+            found += ("placement sees hosts other than they are",)
         await self.stop_controller()
         for host in self.hosts:
             await host.halt()

@@ -97,13 +97,19 @@ def refusal(vm: VmSpec, host: HostRoom) -> str:
         return host.why_offline or "offline"
     if host.cordoned:
         return "cordoned"
-    if vm.engine.value not in host.engines:
+    if vm.engine not in host.engines:
         return f"has no engine {vm.engine.value} (it has {', '.join(sorted(host.engines)) or 'none'})"
-    missing = [f"{key}={value}" for key, value in vm.host_labels.items() if host.labels.get(key) != value]
+    missing = vm.host_labels and [f"{key}={value}" for key, value in vm.host_labels.items() if host.labels.get(key) != value]
     if missing:
         return f"lacks the label {', '.join(missing)}"
     if not _has_image(vm, host):
         return f"has no {vm.engine.value} image {vm.image}"
+    if (
+        host.cpu_used + vm.cpu <= host.cpu_total
+        and host.mem_used + vm.mem <= host.mem_total
+        and host.disk_used + vm.disk <= host.disk_total
+    ):
+        return ""
     short = [
         f"{what} ({wanted} wanted, {max(total - used, 0)} of {total} free)"
         for what, wanted, total, used in (
@@ -113,11 +119,12 @@ def refusal(vm: VmSpec, host: HostRoom) -> str:
         )
         if used + wanted > total
     ]
-    return f"no room: {', '.join(short)}" if short else ""
+    return f"no room: {', '.join(short)}"
 
 
 def _has_image(vm: VmSpec, host: HostRoom) -> bool:
-    return any(vm.image in host.images.get(key, frozenset()) for key in (vm.engine.value, None))
+    images = host.images
+    return vm.image in images.get(vm.engine, ()) or vm.image in images.get(None, ())
 
 
 def _free_share(vm: VmSpec, host: HostRoom) -> float:

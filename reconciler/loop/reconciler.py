@@ -42,7 +42,8 @@ from specs.wire import CreateVmReq
 
 log = structlog.get_logger()
 
-CALLS_PER_HOST = 16  # in flight
+CALLS_PER_HOST = 16  # in flight, at most
+QUICK_CALLS_PER_HOST = 4  # of those, calls that are answered once recorded: each in flight is one more connection to open
 STABLE_AFTER = 30.0  # seconds a VM must run before an earlier failure no longer delays its next restart
 
 
@@ -64,7 +65,10 @@ class Reconciler:
         self._client = client
         self._new_vm_id = new_vm_id
         self._clock = clock
-        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CALLS_PER_HOST))
+        self._quick_slots: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(QUICK_CALLS_PER_HOST))
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(CALLS_PER_HOST - QUICK_CALLS_PER_HOST)
+        )
         self.env_locks: defaultdict[EnvId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.moves = Moves(fleet, store, self.env_locks, new_vm_id, clock)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -162,7 +166,9 @@ class Reconciler:
         client = self._client(host.intent.addr) if host else None
         if host is None or client is None:
             return
-        async with self._slots[host.intent.addr]:
+        # A removal is answered only when nothing is left, and a plain agent answers every call like that.
+        is_quick = bool(host.info and host.info.boot_id) and intent.desired != "absent"
+        async with (self._quick_slots if is_quick else self._slots)[host.intent.addr]:
             fresh = self.fleet.vms.get(intent.id)
             step = self._plan(fresh) if fresh and not fresh.gone_at else None
             if fresh is None or not isinstance(step, Call):

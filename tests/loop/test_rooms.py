@@ -1,0 +1,76 @@
+"""Placement reads views of the hosts that are kept until something of them changes; they must never be out of date."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reconciler.core.model import Change, HostIntent, VmIntent
+from reconciler.fleet import Fleet, Report
+from specs.desired import VmSpec
+from specs.names import ClusterId, EnvId, HostId, VmId
+from specs.wire import AgentInfo, AgentVm, Resource
+
+ADDRS = ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+IDS = tuple(VmId(f"vm-{n}") for n in range(6))
+SPEC = VmSpec(image="tiny", cpu=1, mem=128, disk=256)
+
+
+def host_id(addr: str) -> HostId:
+    return HostId(f"host-{addr[-1]}")
+
+
+def info(addr: str, labels: dict[str, str]) -> AgentInfo:
+    room = Resource(cpu_total=8, mem_total=8192, disk_total=90_000)
+    return AgentInfo(host_id=host_id(addr), resource=room, engines=("qemu",), storage="file", images=("tiny",), labels=labels)  # type: ignore[arg-type]
+
+
+def there(vm_id: VmId, cpu: int) -> AgentVm:
+    return AgentVm(id=vm_id, env_id="web", image="tiny", engine="qemu", cpu=cpu, mem=128, disk=256, state="running")  # type: ignore[arg-type]
+
+
+def intent(vm_id: VmId, **changes: Any) -> VmIntent:
+    vm = VmIntent(vm_id, EnvId("web"), vm_id, SPEC, "hash", "running", None, 1)
+    return replace(vm, **changes)
+
+
+EVENTS = st.lists(
+    st.tuples(st.integers(0, 9), st.sampled_from(ADDRS), st.sampled_from(IDS), st.integers(1, 4)), min_size=20, max_size=60
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(EVENTS)
+def test_the_kept_views_always_equal_fresh_ones(events: list[tuple[int, str, VmId, int]]) -> None:  # noqa: PLR0912 one branch an event
+    fleet = Fleet(ClusterId("prod"))
+    for number, (kind, addr, vm_id, size) in enumerate(events):
+        vm, host = fleet.vms.get(vm_id), fleet.hosts.get(addr)
+        if kind == 0:
+            fleet.apply(Change(hosts=(HostIntent(addr, host_id(addr), 1, cordoned=size == 1),)))
+        elif kind == 1 and vm is None:
+            fleet.apply(Change(vms=(intent(vm_id, host_id=host_id(addr) if size == 1 and host else None),)))
+        elif kind == 2 and vm and not vm.host_id and not vm.gone_at and host:
+            fleet.reserve(vm, host_id(addr))
+            if size == 1:
+                fleet.release(vm_id)
+            else:
+                fleet.apply(Change(placed=((vm_id, host_id(addr)),)))
+        elif kind == 3 and vm and not vm.gone_at:
+            fleet.apply(Change(vms=(replace(vm, desired="absent"),), gone=((vm_id, 5),)))
+        elif kind == 4 and vm and vm.gone_at:
+            fleet.apply(Change(drop_vms=(vm_id,)))
+        elif kind == 5 and host:
+            fleet.observe_info(addr, info(addr, {"size": str(size)}), float(number))
+        elif kind == 6 and host:
+            seen = {other: there(other, size) for other in IDS[:size]}
+            fleet.observe(addr, Report(seen, fleet.tick(), "boot", number), float(number))
+        elif kind == 7 and host:
+            fleet.observe_reply(addr, vm_id, there(vm_id, size) if size > 1 else None, "boot", number)
+        elif kind == 8:
+            fleet.lost(addr, f"silent {size}", float(number))
+        elif kind == 9 and host and not fleet.host_vms(host_id(addr)):
+            fleet.apply(Change(drop_hosts=(addr,)))
+        assert fleet.rooms() == [fleet._room(host) for host in fleet.hosts.values()]
