@@ -214,7 +214,7 @@ class Fleet:
             self._count(old, -1)
         if vm.host_id or vm.gone_at:  # until then its placement may be on its way to the disk, and the room is not free
             self.release(vm.id)
-        if old is None:  # one that a host has already is a stranger no more
+        if old is None or old.host_id != vm.host_id:  # where it is already, it is a stranger no more
             for addr in [addr for addr, host in self.hosts.items() if vm.id in host.vms]:
                 self._rooms.pop(addr, None)
         self.vms[vm.id] = vm
@@ -463,7 +463,7 @@ class Fleet:
         if host.has_outlived(boot_id) or (vm_id not in host.touched and host.has_report(boot_id, seq)):
             return
         host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
-        if vm_id not in self.vms:
+        if not self._is_ours(host, vm_id):
             self._rooms.pop(addr, None)
         if vm is not None:
             host.vms[vm_id] = vm
