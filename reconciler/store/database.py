@@ -22,7 +22,7 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from reconciler.core.events import Event
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
@@ -181,7 +181,7 @@ class Database:
     def _try_write(self, changes: list[Change]) -> StoreUnavailable | None:
         try:
             for attempt in Retrying(
-                retry=retry_if_exception_type(sa.exc.OperationalError),
+                retry=retry_if_exception(_may_pass),
                 wait=wait_exponential_jitter(multiplier=0.02, max=0.5),
                 stop=stop_after_delay(BUSY_SECONDS),
                 reraise=True,
@@ -251,6 +251,12 @@ def _upsert_statement(dialect: str, table: sa.Table, keep: tuple[str, ...]) -> s
 @functools.cache
 def _update_statement(column: str) -> sa.Executable:
     return sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same write may succeed a moment later: a lock is given back, a full disk is not emptied by waiting."""
+    full = getattr(getattr(error, "orig", None), "sqlite_errorname", "") == "SQLITE_FULL"
+    return isinstance(error, sa.exc.OperationalError) and not full
 
 
 def _update_vms(connection: sa.Connection, column: str, pairs: Iterable[tuple[VmId, object]]) -> None:
