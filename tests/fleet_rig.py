@@ -48,6 +48,7 @@ class FakeHostMachine:
     network: FakeHost = field(default_factory=FakeHost)
     agent: Agent | None = None
     addr: str = "127.0.0.1:0"
+    port_range: tuple[int, int] = (20000, 32767)
 
     async def boot(self) -> None:
         """Starts the agent, on the same port as before."""
@@ -58,6 +59,7 @@ class FakeHostMachine:
             cpu_total=self.size["cpu"],
             mem_total=self.size["mem"],
             disk_total=self.size["disk"],
+            port_range=self.port_range,
         )
         engines = {Engine.QEMU: FakeEngine(self.machines), Engine.DOCKER: FakeEngine(self.containers, Engine.DOCKER)}
         self.agent = Agent(settings, drivers=Drivers(engines, FileBackedFake(self.disks), FakeNetwork(self.network), {}))

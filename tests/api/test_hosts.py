@@ -59,3 +59,21 @@ async def test_a_cordoned_host_keeps_its_vms_and_gets_no_new_ones(tmp_path: Path
         await rig.call("POST", "/api/hosts/host-0/uncordon")
         await rig.until(lambda: len(rig.hosts[0].running()) == 2)
         assert (await rig.call("POST", "/api/hosts/none/cordon")).status_code == 404
+
+
+async def test_a_vm_for_which_no_port_is_left_says_so_and_gets_one_once_it_is_given_back(tmp_path: Path) -> None:
+    rig = FleetRig(tmp_path)
+    rig.hosts[0].port_range = (20000, 20001)
+    async with rig:
+        for name in ("first", "second"):
+            await rig.call("PUT", f"/api/envs/{name}?wait=30", env(name))
+        await rig.call("PUT", "/api/envs/third", env("third"))
+        fleet = rig.app.controller.fleet
+        await rig.until(lambda: any("it needs 1 host ports and only 0" in status.message for status in fleet.status.values()))
+        (vm_shown,) = (await rig.data("/api/envs/third"))["vms"]
+        assert vm_shown["port_map"] == {} and len(rig.hosts[0].running()) == 2
+        held = (await rig.data("/api/envs/first"))["vms"][0]["port_map"]["22"]
+        await rig.call("DELETE", "/api/envs/first")
+        await rig.until(lambda: len(rig.hosts[0].running()) == 2 and all(s.settled for s in fleet.status.values()))
+        (vm_shown,) = (await rig.data("/api/envs/third"))["vms"]
+        assert (vm_shown["state"], vm_shown["port_map"]) == ("running", {"22": held})

@@ -27,7 +27,7 @@ from tests.netns import Lab, command, inside
 
 KEY = "a-key-of-this-test"
 HEARTBEAT = 1.0  # seconds
-GRACE = 4.0  # seconds offline until VMs with `on_host_loss: recreate` are made anew
+GRACE = 6.0  # seconds offline until VMs with `on_host_loss: recreate` are made anew
 DISK_MIB = 8
 Direction = Literal["both ways", "to the host", "from the host", "its data"]
 """`its data`: the host hears everything and connections stand, but nothing it says arrives."""

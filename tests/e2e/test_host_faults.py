@@ -1,4 +1,4 @@
-"""What goes wrong on a host: its disk full, a VM killed, the machine rebooted, ports used up, a reply that is lost."""
+"""What goes wrong on a host: its disk full, a VM killed, the machine rebooted, a reply that is lost."""
 
 from __future__ import annotations
 
@@ -80,25 +80,6 @@ def test_after_a_reboot_of_its_host_every_vm_runs_again_once(fleet: Site) -> Non
     assert fleet.hosts[0].pids() == elsewhere
 
 
-def test_a_vm_for_which_no_port_is_left_says_so_and_gets_one_that_is_given_back(fleet: Site) -> None:
-    host = fleet.hosts[2]
-    words = host.agent.words
-    try:
-        restart(fleet, host, [*words, "--port-range", "20000-20001"])
-        fleet.put("first", on(host))
-        fleet.await_phase("first")
-        fleet.put("second", on(host))
-        fleet.await_phase("second")
-        fleet.put("third", on(host))
-        until(says(fleet, "third", "port"), "the VM says what keeps it")
-        assert [vm["port_map"] for vm in fleet.env("third")["vms"]] == [{}]
-        held = fleet.env("first")["vms"][0]["port_map"]["22"]
-        fleet.delete("first")
-        assert fleet.await_phase("third")["vms"][0]["port_map"] == {"22": held}
-    finally:
-        restart(fleet, host, words)
-
-
 def test_a_vm_whose_creation_was_never_answered_is_the_same_vm_afterwards(fleet: Site) -> None:
     host = fleet.hosts[3]
     fleet.cut(host, "its data")
@@ -113,10 +94,3 @@ def test_a_vm_whose_creation_was_never_answered_is_the_same_vm_afterwards(fleet:
     assert {name: len(found.boxes) for name, found in fleet.settled().items()} == {
         each.name: int(each is host) for each in fleet.hosts
     }
-
-
-def restart(fleet: Site, host: Host, words: list[str]) -> None:
-    """Ends an agent and starts it with other words."""
-    host.agent.end()
-    host.agent.words = words
-    fleet.start()

@@ -1,9 +1,8 @@
-"""The controller's store full, locked, damaged, and replaced by an older copy, while real containers run on the hosts."""
+"""The controller's store full, damaged, and replaced by an older copy, while real containers run on the hosts."""
 
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +43,11 @@ def test_a_full_store_refuses_changes_goes_on_answering_and_recovers_by_itself(f
     assert fleet.env("kept")["env"]["phase"] == "ready"
 
 
-def test_a_locked_store_refuses_changes_goes_on_answering_and_recovers_by_itself(fleet: Site) -> None:
-    fleet.put("kept", box())
-    fleet.await_phase("kept")
-    pids = fleet.pids()
-    other = sqlite3.connect(fleet.database, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        refused(fleet, "DELETE", "/api/envs/kept")
-        assert fleet.env("kept")["env"]["phase"] == "ready"
-    finally:
-        other.close()
-    assert fleet.pids() == pids
-    fleet.delete("kept")
-
-
 def test_a_damaged_store_is_refused_untouched_and_the_fleet_runs_on_without_a_call_once_it_is_mended(fleet: Site) -> None:
     fleet.put("kept", box(count=4, spread="hosts"))
     fleet.await_phase("kept")
     pids = fleet.pids()
-    for part in (fleet.controller, *(host.agent for host in fleet.hosts)):
+    for part in (fleet.controller, fleet.hosts[0].agent):
         part.kill()
     backup = fleet.folder / "backup"
     shutil.copytree(fleet.database.parent, backup, ignore=shutil.ignore_patterns("*.lock"))
@@ -82,7 +66,7 @@ def test_a_damaged_store_is_refused_untouched_and_the_fleet_runs_on_without_a_ca
     made = calls(fleet)
     fleet.start()
     fleet.await_phase("kept")
-    assert (fleet.pids(), calls(fleet)) == (pids, made), "all were restarted together, and nothing had to be done"
+    assert (fleet.pids(), calls(fleet)) == (pids, made), "both were restarted together, and nothing had to be done"
 
 
 def test_a_store_replaced_by_an_older_copy_destroys_nothing_shows_the_strangers_and_works_on(fleet: Site) -> None:
@@ -92,14 +76,12 @@ def test_a_store_replaced_by_an_older_copy_destroys_nothing_shows_the_strangers_
     backup = fleet.folder / "backup"
     shutil.copytree(fleet.database.parent, backup, ignore=shutil.ignore_patterns("*.lock"))
     fleet.start()
-    fleet.put("newer", box(count=4, spread="hosts"))
+    fleet.controller.kill()
+    fleet.start()
+    fleet.put("newer", box(count=4, spread="hosts"))  # agents hear a term that the copy, started once, would not reach
     fleet.await_phase("newer")
     strangers = {vm["id"]: vm["host_id"] for vm in fleet.env("newer")["vms"]}
     pids = fleet.pids()
-    for _ in range(2):  # agents have now seen terms that the copy has not
-        fleet.controller.kill()
-        fleet.start()
-        fleet.put("older", box(count=2, spread="hosts"), owner="somebody")
     fleet.controller.kill()
     put_back(fleet, backup)
     fleet.start()
