@@ -22,10 +22,15 @@ from agent.images.recipe import default_cache
 
 def tiny_image(cache: Path | None = None) -> Path:
     """`<cache>/images/tiny.qcow2`, built if it is not there or not of this version (seconds; needs apt and qemu-utils)."""
+    return built_image("tiny", cache)
+
+
+def built_image(name: str, cache: Path | None = None) -> Path:
+    """Where an image lies, built if it is not there or not of this version (seconds; needs apt)."""
     folder = cache or default_cache()
 
     def make() -> Path:
-        built = asyncio.run(build("tiny", folder / "images", progress=print, cache_dir=folder))
+        built = asyncio.run(build(name, folder / "images", progress=print, cache_dir=folder))
         assert built.path is not None
         return built.path
 
@@ -38,6 +43,12 @@ def tiny_image(cache: Path | None = None) -> Path:
 def tiny() -> Path:
     """The path of tiny.qcow2; its folder is an image directory."""
     return tiny_image()
+
+
+@pytest.fixture(scope="session")
+def fc_tiny() -> Path:
+    """The directory of fc-tiny; its folder is an image directory."""
+    return built_image("fc-tiny")
 
 
 @dataclass(frozen=True)

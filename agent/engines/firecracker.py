@@ -22,7 +22,7 @@ from agent.engines.firecracker_folder import VmFolder, find_processes
 from agent.engines.firecracker_jail import Jail
 from agent.engines.processes import CONSOLE, VmProcesses, check_link, finish
 from agent.errors import AgentError, ImageMissing, Unsupported
-from agent.images.catalogue import find_image
+from agent.images.catalogue import find_image, image_part
 from agent.machine import DiskKind, EngineState, Machine, Probe, Running
 from agent.process import ExitWatch, ProcessRecord
 from agent.seed import check_user_data, write_seed
@@ -91,14 +91,16 @@ class FirecrackerEngine:
         """Links the kernel into the VM's folder: built anew, it must not change under a disk made from the old image."""
         name = machine.request.image
         image = find_image(self._image_dir, name)
-        if image is None or image.format != "firecracker":
+        kernel = image_part(self._image_dir, image, KERNEL) if image is not None and image.format == "firecracker" else None
+        if image is None or kernel is None:
             raise ImageMissing(
                 f"image {name} is not in {self._image_dir} with vmlinux and rootfs.ext4; put it there or build it"
             )
         try:
-            if (image.path / INITRD).is_file():
-                jails.keep(image.path / INITRD, machine.folder / INITRD)
-            jails.keep(image.path / KERNEL, machine.folder / KERNEL)
+            initrd = image_part(self._image_dir, image, INITRD)
+            if initrd is not None:
+                jails.keep(initrd, machine.folder / INITRD)
+            jails.keep(kernel, machine.folder / KERNEL)
         except OSError as error:
             raise AgentError(f"the kernel of image {name} cannot be kept in {machine.folder}: {error}") from error
 

@@ -19,7 +19,7 @@ _FIRECRACKER_FILES = ("vmlinux", "rootfs.ext4")
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A base image. `path` is absolute: a file, or for `firecracker` a directory with vmlinux and rootfs.ext4.
+    """A base image. `path` is absolute: a file, or for `firecracker` a directory with vmlinux, rootfs.ext4 and perhaps initrd.
 
     `size` is in bytes: the file's length (of the rootfs for `firecracker`). What the guest sees is `ImageFacts.virtual_size`.
     """
@@ -63,6 +63,12 @@ def list_images(image_dir: Path) -> tuple[ImageFile, ...]:
 def find_image(image_dir: Path, name: str) -> ImageFile | None:
     """The image of that name, or None."""
     return next((image for image in list_images(image_dir) if image.name == name), None)
+
+
+def image_part(image_dir: Path, image: ImageFile, name: str) -> Path | None:
+    """Where a file of a `firecracker` image really lies; None if it is not there or a link leads out of the image directory."""
+    part = _inside(image.path / name, image_dir.resolve())
+    return part if part is not None and _file_size(part) else None
 
 
 def _image(entry: Path, root: Path) -> ImageFile | None:

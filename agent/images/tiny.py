@@ -14,15 +14,15 @@ from pathlib import Path
 
 from agent.errors import AgentError
 from agent.images.files import replacing, sha256, workspace
+from agent.images.kernel import find_kernel, kernel_package
 from agent.images.modules import Modules
-from agent.images.packages import Progress, dependencies, fetch, find, tool, unpack, versions, with_dependencies
+from agent.images.packages import Progress, fetch, find, tool, unpack, versions, with_dependencies
 from agent.images.recipe import BuiltImage, Recipe, check_architecture, current_file, now, write_sidecar
 from agent.images.tree import Tree
-from agent.images.userland import add_userland, guest_file
+from agent.images.userland import add_system, add_userland, guest_file
 from agent.run import run
 
 VERSION = 1
-_KERNEL = "linux-image-cloud-amd64"
 _USERLAND = ("busybox-static", "dropbear-bin", "e2fsprogs")
 _BOOT_TOOLS = ("mtools", "syslinux", "syslinux-common")
 
@@ -51,9 +51,8 @@ LABEL tiny
 async def make(image_dir: Path, cache: Path, docker: Sequence[str], progress: Progress) -> BuiltImage:
     """Builds `<image_dir>/tiny.qcow2`. Raises AgentError, CommandFailed."""
     await check_architecture()
-    kernel = next((name for name in await dependencies(_KERNEL) if name.startswith("linux-image-")), _KERNEL)
     userland = await with_dependencies(_USERLAND)
-    archives = await fetch((kernel, *userland, *_BOOT_TOOLS), cache, progress)
+    archives = await fetch((await kernel_package(), *userland, *_BOOT_TOOLS), cache, progress)
     async with workspace(cache, "tiny") as work:
         progress("unpacking packages")
         await unpack(archives[:1], work / "kernel")
@@ -86,13 +85,9 @@ async def make(image_dir: Path, cache: Path, docker: Sequence[str], progress: Pr
 
 async def _boot_files(work: Path) -> None:
     """Leaves `vmlinuz`, `initrd` and `syslinux.cfg` in the work folder."""
-    kernel = next(iter((work / "kernel" / "boot").glob("vmlinuz-*")), None)
-    if kernel is None:
-        raise AgentError(f"{_KERNEL} brought no boot/vmlinuz-*: this release packs it differently")
-    version = kernel.name.removeprefix("vmlinuz-")
-    folders = [work / "kernel" / prefix / "modules" / version for prefix in ("lib", "usr/lib")]
+    kernel, modules = find_kernel(work / "kernel")
     tree = Tree()
-    _add_modules(tree, Modules(next((folder for folder in folders if folder.is_dir()), folders[0])))
+    _add_modules(tree, modules)
     await add_userland(tree, work / "root", ("usr/sbin/dropbear", "usr/bin/dropbearkey", "sbin/mke2fs", "sbin/resize2fs"))
     _add_guest(tree)
     packed = await asyncio.to_thread(gzip.compress, tree.cpio(), 9, mtime=0)
@@ -113,14 +108,8 @@ def _add_guest(tree: Tree) -> None:
     """The system's own files, from guest/, and the places the kernel and init expect."""
     init = guest_file("init").replace("@ROOT_START@", str(_ROOT_START)).replace("@DISK_ID@", _DISK_ID.decode())
     tree.file("init", init, 0o755)
-    tree.file("etc/inittab", guest_file("inittab"))
-    for script in ("boot", "ready", "quiesce", "power", "dhcp"):
-        tree.file(f"etc/muster/{script}", guest_file(script), 0o755)
-    tree.link("etc/acpi/PWRF/00000080", "/etc/muster/power")  # where busybox's acpid looks for the power button's action
-    tree.link("etc/mtab", "/proc/mounts")
+    add_system(tree)
     tree.char("dev/console", 0o600, 5, 1)
-    for place in ("proc", "sys", "run", "var/log", "var/lib", "mnt"):
-        tree.dir(place)
 
 
 async def _make_disk(work: Path) -> None:

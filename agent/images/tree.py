@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 _DIR, _FILE, _LINK, _CHAR = 0o040000, 0o100000, 0o120000, 0o020000
@@ -45,6 +46,20 @@ class Tree:
         """Makes a character device."""
         self._parents(path)
         self.nodes[path] = Node("char", mode, device=(major, minor))
+
+    def unpack(self, into: Path) -> None:
+        """Writes the tree below a new directory, as the user this runs as. Devices are left out. Raises OSError."""
+        into.mkdir(parents=True)
+        for path, node in self.sorted():
+            target = into / path
+            if node.kind == "dir":
+                target.mkdir(exist_ok=True)
+            elif node.kind == "link":
+                target.symlink_to(node.data.decode())
+            elif node.kind == "file":
+                target.write_bytes(node.data)
+            if node.kind in ("dir", "file"):
+                target.chmod(node.mode)
 
     def _parents(self, path: str) -> None:
         if path.startswith("/") or ".." in path.split("/"):

@@ -48,3 +48,14 @@ async def add_userland(tree: Tree, root: Path, programs: Sequence[str]) -> None:
     tree.file("etc/group", _GROUP)
     tree.file("etc/shells", "/bin/sh\n")
     tree.file("etc/profile", "export PATH=/bin\n")
+
+
+def add_system(tree: Tree) -> None:
+    """Adds init's table, the guest's own scripts, and the places kernel and init expect."""
+    tree.file("etc/inittab", guest_file("inittab"))
+    for script in ("boot", "ready", "quiesce", "power", "dhcp"):
+        tree.file(f"etc/muster/{script}", guest_file(script), 0o755)
+    tree.link("etc/acpi/PWRF/00000080", "/etc/muster/power")  # where busybox's acpid looks for the power button's action
+    tree.link("etc/mtab", "/proc/mounts")
+    for place in ("proc", "sys", "run", "var/log", "var/lib", "mnt"):
+        tree.dir(place)

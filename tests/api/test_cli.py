@@ -261,7 +261,10 @@ async def test_a_key_is_taken_from_a_file_or_the_environment(tmp_path: Path) -> 
             "Invalid value for '--cpu-total': -1 is not in the range x>=0. (see `muster agent --help`)",
         ),
         (["up", "--listen", "9200"], "'9200' is not HOST:PORT, such as 127.0.0.1:9200 (see `muster up --help`)"),
-        (["image", "build", "huge"], "there is no recipe huge; there are tiny, busybox (see `muster image build --help`)"),
+        (
+            ["image", "build", "huge"],
+            "there is no recipe huge; there are tiny, busybox, fc-tiny (see `muster image build --help`)",
+        ),
     ],
 )
 async def test_a_misused_command_says_so_in_one_line_and_ends_with_2(words: list[str], sentence: str, tmp_path: Path) -> None:
