@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ import orjson
 
 from ops.measure import fleets, parts
 from ops.measure.result import Plan, Result
+from specs.logs import set_up_logs
 
 METRICS: dict[str, Callable[[Plan], Coroutine[Any, Any, Result]]] = {
     "P1": fleets.p1,
@@ -51,6 +53,8 @@ def main() -> int:
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
         parser.error(f"there is no metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
+    set_up_logs()
+    logging.getLogger().setLevel(logging.ERROR)  # P14 runs a controller in this process
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     results = []
     try:

@@ -119,7 +119,7 @@ async def p4(plan: Plan) -> Result:
         async with watching(site.url) as watch:
             await submit(site, hosts, EACH)
             await watch.until(all_ready(watch, hosts), "the fleet is there")
-            wire, agent = await Wire.to(site.url), await Wire.to(site.addresses[0])
+            wire, agent = await Wire.to(site.url), await Wire.to(site.addresses[-1])  # the last one fills last
             seen, floor = [], []
             for number in range(times):
                 began = time.perf_counter()
@@ -149,10 +149,10 @@ async def p5(plan: Plan) -> Result:
             await watch.until(all_ready(watch, hosts), "the fleet is there")
             victims = [vm for vms in site.on_agents().values() for vm in vms][:times]
             by_host = {vm["host_id"]: address for address in site.addresses for vm in site.on_agents()[address][:1]}
-            took, floor = [], []
+            took, floor, term = [], [], site.term()
             for vm in victims:
                 agent = await Wire.to(by_host[vm["host_id"]])
-                path, headers = f"/api/vms/{vm['id']}", f"X-Muster-Cluster: {vm['cluster_id']}\r\nX-Muster-Term: 1\r\n"
+                path, headers = f"/api/vms/{vm['id']}", f"X-Muster-Cluster: {vm['cluster_id']}\r\nX-Muster-Term: {term}\r\n"
                 began = time.perf_counter()
                 await agent.call("GET", path)
                 floor.append(time.perf_counter() - began)

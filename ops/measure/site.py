@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -174,6 +175,12 @@ class Site:
     def await_ready(self, envs: int) -> None:
         """Waits until so many environments are recorded and all are as asked for."""
         until(lambda: self.phases() == ["ready"] * envs, f"{envs} environments are ready")
+
+    def term(self) -> int:
+        """The running controller's term: agents refuse calls of any lower one."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            (value,) = connection.execute("SELECT value FROM meta WHERE key = 'term'").fetchone()
+        return int(value)
 
     def calls(self) -> int:
         """Mutating calls that controllers of this site made."""
