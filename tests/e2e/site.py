@@ -72,13 +72,6 @@ class Host:
         """The first process of every running container, by VM id."""
         return {vm_id: pid for vm_id, pid in self._containers().items() if pid}
 
-    def destroy(self, vm_id: str, cluster: str, term: int) -> None:
-        """Has the agent remove a VM, as its cluster's controller would."""
-        headers = {"Authorization": f"Bearer {KEY}", "X-Muster-Cluster": cluster, "X-Muster-Term": str(term)}
-        with inside(self.namespace), httpx.Client(trust_env=False, timeout=60.0, headers=headers) as client:
-            answer = client.delete(f"http://{self.addr}/api/vms/{vm_id}")
-            assert answer.status_code == 200, answer.text
-
     def found(self) -> Found:
         """Looks at everything. Meant for a host at rest: what is under way shows as stray."""
         records = {path.parent.name: json.loads(path.read_text()) for path in sorted(self.vms.glob("*/vm.json"))}
@@ -90,12 +83,16 @@ class Host:
         return Found(boxes, tuple(self._strays(records, containers)))
 
     def _containers(self) -> dict[str, int]:
-        listed = self.docker("ps", "--all", "--quiet", "--no-trunc").split()
-        if not listed:
-            return {}
-        words = '{{.Name}} {{.State.Pid}} {{index .Config.Labels "muster.vm"}}'
-        lines = self.docker("inspect", "--format", words, *listed).splitlines()
-        return {line.split()[0].removeprefix("/muster-"): int(line.split()[1]) for line in lines}
+        words = "{{.Name}} {{.State.Pid}}"
+        while True:
+            listed = self.docker("ps", "--all", "--quiet", "--no-trunc").split()
+            try:
+                lines = self.docker("inspect", "--format", words, *listed).splitlines() if listed else []
+            except subprocess.CalledProcessError as error:
+                if "No such object" in str(error.stderr):
+                    continue  # one was removed in between
+                raise
+            return {line.split()[0].removeprefix("/muster-"): int(line.split()[1]) for line in lines}
 
     def _strays(self, records: dict[str, Any], containers: dict[str, int]) -> Iterator[str]:
         folders = {path.name for path in self.vms.iterdir() if path.name not in (".lock", ".terms.json", ".ballast")}

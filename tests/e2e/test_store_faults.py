@@ -86,18 +86,21 @@ def test_a_store_replaced_by_an_older_copy_destroys_nothing_shows_the_strangers_
     put_back(fleet, backup)
     fleet.start()
     fleet.await_phase("older")
-    for host in fleet.hosts:
-        assert fleet.data(f"/api/hosts/{host.name}")["resource"]["vm_count"] == len(host.pids())
     assert fleet.call("GET", "/api/envs/newer")[0] == 404
+    assert {vm["id"]: host.name for host in fleet.hosts for vm in fleet.data(f"/api/hosts/{host.name}/unknown")} == strangers
     assert fleet.pids() == pids
     fleet.put("after", box())
     fleet.await_phase("after")
     assert {vm_id: pid for vm_id, pid in fleet.pids().items() if vm_id in pids} == pids
-    version = fleet.data("/api/version")
-    for host in fleet.hosts:  # by hand, on the host itself: nobody else may
-        for vm_id in [vm_id for vm_id, host_id in strangers.items() if host_id == host.name]:
-            host.destroy(vm_id, version["cluster_id"], version["term"])
-    until(lambda: not strangers.keys() & fleet.pids().keys(), "the strangers are gone")
+
+    (adopted, its_host), *others = sorted(strangers.items())
+    status, body = fleet.call("POST", f"/api/hosts/{its_host}/unknown/{adopted}/adopt", {"env": "newer"})
+    assert status in (200, 201), body
+    for vm_id, host_id in others:
+        assert fleet.call("DELETE", f"/api/hosts/{host_id}/unknown/{vm_id}")[0] == 200
+    until(lambda: not {vm_id for vm_id, _ in others} & fleet.pids().keys(), "what was not adopted is gone")
+    assert [vm["id"] for vm in fleet.await_phase("newer")["vms"]] == [adopted]
+    assert fleet.pids()[adopted] == pids[adopted]
 
 
 def put_back(fleet: Site, backup: Path) -> None:
