@@ -19,6 +19,7 @@ from agent.engines.base import Engine
 from agent.engines.bhyve import BhyveEngine
 from agent.engines.docker import DockerEngine
 from agent.engines.firecracker import FirecrackerEngine
+from agent.engines.jail import JailEngine
 from agent.engines.qemu import QemuEngine
 from agent.errors import AgentError
 from agent.handlers import Services
@@ -220,7 +221,10 @@ def _engines(settings: AgentSettings, storage: Storage, network: Network) -> dic
 def _freebsd_engines(settings: AgentSettings, storage: Storage) -> dict[EngineKind, Engine]:
     if not sys.platform.startswith("freebsd"):
         return {}
-    return {EngineKind.BHYVE: BhyveEngine(settings.runtime_at, storage.images)}
+    return {
+        EngineKind.BHYVE: BhyveEngine(settings.runtime_at, storage.images),
+        EngineKind.JAIL: JailEngine(settings.runtime_at, settings.images_at),
+    }
 
 
 async def _close(drivers: Drivers) -> None:

@@ -98,7 +98,7 @@ class BhyveEngine(KeptEngine):
     def _is_up(self, machine: Machine) -> bool:
         return (self._vmm / self.name_of(machine.id)).exists()
 
-    async def _equip(self, machine: Machine) -> Plan:
+    def _plan(self, machine: Machine) -> Plan:
         name = self.name_of(machine.id)
         destroy = ("bhyvectl", f"--vm={name}", "--destroy")
         firmware = self._firmware if self._firmware.is_file() else None

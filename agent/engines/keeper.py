@@ -35,13 +35,15 @@ _SHORT_LIFE = 2.0  # seconds; a guest that reboots faster is started again more 
 class Plan:
     """What a keeper does: `clean`, `load`, `main`, as long as `main` ends with one of `again`; at the end `clean`.
 
-    Every command is an argv. Of `clean` a failure means that there was nothing to clean; of `load` it is the end.
+    Every command is an argv. Of `clean` a failure means that there was nothing to clean; of `load` it is the end. Where the VM
+    was never started before, `is_first`, there is nothing to clean at first.
     """
 
     main: tuple[str, ...]
     load: tuple[tuple[str, ...], ...] = ()
     clean: tuple[tuple[str, ...], ...] = ()
     again: tuple[int, ...] = ()
+    is_first: bool = False
 
     def to_json(self) -> str:
         """As `keeper.json` holds it."""
@@ -56,6 +58,7 @@ class Plan:
             load=tuple(map(tuple, value["load"])),
             clean=tuple(map(tuple, value["clean"])),
             again=tuple(value["again"]),
+            is_first=bool(value["is_first"]),
         )
 
 
@@ -64,11 +67,14 @@ def keep(folder: Path) -> None:
     plan = Plan.from_json((folder / PLAN).read_text())
     terminal, console = os.openpty()
     threading.Thread(target=_log, args=(terminal, folder / CONSOLE, folder / CONSOLE_OLD), daemon=True).start()
+    if not plan.is_first:
+        _clean(plan)
     while True:
         began = time.monotonic()
         status, failed = _round(plan, folder, console)
         if failed or status not in plan.again or (folder / ASKED).exists():
             break
+        _clean(plan)
         time.sleep(max(0.0, _SHORT_LIFE - (time.monotonic() - began)))
     _clean(plan)
     _write(folder / EXIT, {"status": status, "failed": failed})
@@ -77,7 +83,6 @@ def keep(folder: Path) -> None:
 
 def _round(plan: Plan, folder: Path, console: int) -> tuple[int, str]:
     """The exit status of the main command, or of the loading command that failed, and then its name."""
-    _clean(plan)
     for argv in plan.load:
         status = _wait(_spawn(argv, console))
         if status:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Coroutine
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -122,8 +123,8 @@ class KeptEngine(abc.ABC):
         """Whether the main command, which runs, has got as far as to run the guest."""
 
     @abc.abstractmethod
-    async def _equip(self, machine: Machine) -> Plan:
-        """Makes what the main command needs on the host, and says what the keeper is to do. Nothing of the VM runs yet."""
+    def _plan(self, machine: Machine) -> Plan:
+        """What the keeper is to do. Raises AgentError."""
 
     @abc.abstractmethod
     async def _force_off(self, vm_id: VmId, folder: Path) -> None:
@@ -157,8 +158,7 @@ class KeptEngine(abc.ABC):
             return
         if not self._is_prepared(machine.folder):
             raise AgentError(f"VM {machine.id} was not prepared in {machine.folder}")
-        await uncut(self._free(machine.id, machine.folder))
-        plan = await uncut(self._equip(machine))
+        plan = replace(self._plan(machine), is_first=not (machine.folder / PLAN).exists())
         # Not to be cut off between the process and its record: a running VM nobody knows would hold the disk.
         await uncut(self._launch(machine.id, folder, plan))
         await self._booted(machine, folder, self._watches[machine.id])
@@ -183,6 +183,7 @@ class KeptEngine(abc.ABC):
                 break
         if not watch.gone.is_set():
             await self._kill(machine.id, machine.folder, watch)
+            await self._free(machine.id, machine.folder)
             raise AgentError(f"VM {machine.id} was started but its main command did not run within {START_LIMIT:g} s")
         # A guest may power itself off before anybody looks; one that ended for another reason has not booted.
         ending = self._how_it_ended(folder)
@@ -202,11 +203,13 @@ class KeptEngine(abc.ABC):
             if main is not None:
                 process.send_signal(main, signal.SIGTERM)
             if await watch.wait(min(ASK_EVERY, left)):
-                await self._free(machine.id, machine.folder)
-                return
-        await self._force_off(machine.id, machine.folder)
-        if not await watch.wait(FORCE_LIMIT):
-            await self._kill(machine.id, machine.folder, watch)
+                break
+        if not watch.gone.is_set():
+            await self._force_off(machine.id, machine.folder)
+            if not await watch.wait(FORCE_LIMIT):
+                await self._kill(machine.id, machine.folder, watch)
+        if folder.exit() is None:
+            await self._free(machine.id, machine.folder)
 
     async def destroy(self, vm_id: VmId, folder: Path) -> None:
         """Kills whatever runs of the VM, also where its record or folder is gone, and removes the driver's files."""
@@ -235,7 +238,6 @@ class KeptEngine(abc.ABC):
         main = KeptFolder(folder).main()
         if main is not None:
             await process.kill(main)
-        await self._free(vm_id, folder)
 
     async def state(self, vm_id: VmId, folder: Path) -> EngineState | None:
         """Asks the process table; how a stopped VM ended comes from its keeper."""

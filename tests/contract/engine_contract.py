@@ -13,11 +13,11 @@ from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-import psutil
 import pytest
 
 from agent.engines.base import Engine
 from agent.errors import AgentError
+from agent.identity import identify
 from agent.machine import EngineState, Lease, Machine, Nic, Running, Stopped, Usable, mac_of
 from specs.names import VmId
 from specs.wire import CreateVmReq
@@ -93,7 +93,7 @@ class EngineRig(abc.ABC):
 
     def is_alive(self, pid: int) -> bool:
         """Whether the process of a VM runs."""
-        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return identify(pid) is not None
 
     def remains(self, machine: Machine) -> list[str]:
         """Whatever of the engine's own still stands in the VM's folder."""

@@ -11,7 +11,7 @@ COMMANDS = {
     **dict.fromkeys(("ifconfig", "arp", "sysctl", "kldload"), "net"),
     "pfctl": "pf",
     **dict.fromkeys(("bhyve", "bhyvectl", "bhyveload"), "vmm"),
-    **dict.fromkeys(("jail", "jls", "jexec", "rctl", "devfs", "mount", "umount"), "jails"),
+    **dict.fromkeys(("jail", "jls", "jexec", "rctl", "devfs", "mount", "umount", "chflags"), "jails"),
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ EMPTY: dict[str, Any] = {
         "net.pf.filter_local": "0",
         "kern.racct.enable": "1",
         "hw.vmm.maxcpu": "16",
+        "kern.features.vimage": "1",
     },
     "pf": {"enabled": True, "calls": True, "anchors": {}},
     "modules": ["if_bridge", "pf"],

@@ -24,6 +24,13 @@ def ifconfig(argv: list[str]) -> int:
         if not argv or argv[0].startswith("-"):
             fail("usage: ifconfig [-L] [-C] [-g groupname] interface address_family [address [dest_address]] [parameters]")
         name, words = argv[0], argv[1:]
+        if words[:1] == ["-vnet"] and len(words) == 2:
+            if name not in links or links[name].get("jail") != words[1]:
+                fail(
+                    f"ifconfig: SIOCSIFRVNET ({name}): {'No such process' if words[1] not in host['jails'] else 'No such file'}"
+                )
+            links[name]["jail"] = ""
+            return 0
         is_made = words[:1] == ["create"]
         if is_made:
             name, words = _create(links, name), words[1:]

@@ -167,14 +167,14 @@ def bhyvectl(argv: list[str]) -> int:
         if "vmm" not in host["modules"]:
             fail("vm_create: No such file or directory")
         if does == ["--create"]:
-            if name in host["vmm"]:
+            if os.path.exists(_node(name)):
                 fail("vm_create: File exists")
             host["vmm"][name] = {}
             open(_node(name), "w").close()
             return 0
-        if name not in host["vmm"]:
+        if not os.path.exists(_node(name)):
             fail(f"VM:{name} is not created.")
-        pid = host["vmm"][name].get("pid", 0)
+        pid = host["vmm"].get(name, {}).get("pid", 0)
         if does == ["--force-poweroff"]:
             if not alive(pid):
                 fail("vm_suspend: Invalid argument")
@@ -184,7 +184,7 @@ def bhyvectl(argv: list[str]) -> int:
             os.kill(pid, signal.SIGKILL)
             while alive(pid):
                 time.sleep(0.001)
-        del host["vmm"][name]
+        host["vmm"].pop(name, None)
         os.unlink(_node(name))
     sys.stdout.flush()
     return 0
