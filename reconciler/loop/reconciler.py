@@ -71,6 +71,7 @@ class Reconciler:
         )
         self.env_locks: defaultdict[EnvId, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.moves = Moves(fleet, store, self.env_locks, new_vm_id, clock)
+        self._burials: dict[VmId, Retry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -265,13 +266,20 @@ class Reconciler:
         host = self.fleet.host(intent.host_id or "")
         client = self._client(host.intent.addr) if host else None
         if host is None or client is None or not isinstance(self.fleet.seen(intent), Present):
+            self._burials.pop(intent.id, None)
+            return
+        retry = self._burials.get(intent.id, Retry())
+        if self._clock.monotonic() < retry.not_before:
+            self.queue.add_at(intent.id, retry.not_before)
             return
         self.calls += 1
         try:
             reply = await client.destroy(intent.id)
         except AgentFailure as error:
             log.warning("call failed", call="destroy", vm=intent.id, host=host.shown_id, error=str(error))
-            self.queue.add_at(intent.id, self._clock.monotonic() + backoff(3))
+            attempts = retry.attempts + 1
+            self._burials[intent.id] = Retry(attempts, self._clock.monotonic() + backoff(attempts + 2))
+            self.queue.add_at(intent.id, self._burials[intent.id].not_before)
             return
         self.fleet.observe_reply(host.intent.addr, intent.id, reply.vm, reply.boot_id, reply.seq)
 

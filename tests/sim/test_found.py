@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from reconciler.agents import AgentClient, Refused
 from reconciler.core.model import Change, Done, EnvIntent, HostIntent, Retry, VmIntent
 from reconciler.events import EventLog
 from reconciler.fleet import Fleet, Report
@@ -184,3 +185,21 @@ def test_a_second_copy_of_a_vm_on_a_host_it_is_not_bound_to_is_shown_and_takes_r
     _report(fleet, _vm("running"), "b1", 7)
     assert [vm.id for vm in fleet.strangers(fleet.hosts[ADDR])] == [VM]
     assert [room.cpu_used for room in fleet.rooms()] == [1]
+
+
+async def test_a_host_that_refuses_to_bury_a_vm_again_is_not_asked_at_every_report() -> None:
+    fleet = _fleet(vm_intent(desired="absent", gone_at=5))
+    _report(fleet, _vm("running"), "b1", 7)
+    reconciler, _ = _loop(fleet, Store(), StoppedClock())
+    reconciler._client = lambda _: cast(AgentClient, Refusing())
+    for _ in range(3):
+        await reconciler._reconcile(VM)
+    reconciler.queue.close()
+    assert reconciler.calls == 1
+
+
+class Refusing:
+    """A client whose term is over."""
+
+    async def destroy(self, _vm_id: VmId) -> None:
+        raise Refused(409, "stale_term", "a later controller has called")
