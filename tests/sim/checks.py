@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.machine import Lease
-from reconciler.agents import Reply
+from reconciler.agents import AgentFailure, Refused, Reply
 from reconciler.core.invariants import violations
 from reconciler.core.model import Change
 from reconciler.fleet import Fleet, Report
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 BURST, BURST_SECONDS = 12, 5.0  # mutating calls for one VM by one controller
+WRITE_SECONDS = 10.0  # a placement may have been on its way to a slow store for so long when a list arrives
 SMALL_JUMP = 600.0  # seconds of wall clock that need not be told from time really passing
 
 
@@ -47,6 +48,7 @@ class Seen:
     mirror: Mirror | None = None
     listings: defaultdict[str, deque[Sight]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=64)))
     last_sent: dict[VmId, float] = field(default_factory=dict)
+    sent_before: dict[VmId, float] = field(default_factory=dict)
     replies: dict[tuple[str, VmId], Reply] = field(default_factory=dict)
     boots: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     in_flight: Counter[str] = field(default_factory=Counter)
@@ -66,6 +68,8 @@ class Checks:
         self.removed_from: Counter[VmId] = Counter()
         self.excused: Counter[VmId] = Counter()
         self.tolerates_copies: set[VmId] = set()
+        self.forked = False
+        """Whether some controller works on an older copy of the store than another one has worked on."""
         self.mutating = 0
         self._terms: dict[tuple[str, str], int] = {}
         self._seen: dict[Process, Seen] = {}
@@ -78,6 +82,18 @@ class Checks:
     def excuse(self, vm_id: VmId) -> None:
         """A fault may make one more creation of this VM necessary or possible."""
         self.excused[vm_id] += 1
+
+    def fork(self, mirror: Mirror) -> None:
+        """A controller will work on a copy of the store that knows nothing of what is committed elsewhere from now on.
+
+        A VM that is placed nowhere in that copy may have been placed and made by the other branch, on a host that says nothing
+        when the copy's controller places it anew: no controller can know of it. All else must hold.
+        """
+        self.forked = True
+        for vm in mirror.vms.values():
+            self.excuse(vm.id)
+            if not vm.gone_at and vm.host_id is None:
+                self.tolerates_copies.add(vm.id)
 
     # ---- on hosts (host.Witness)
 
@@ -207,11 +223,16 @@ class Checks:
         if len(burst) == BURST and now - burst[0] < BURST_SECONDS:
             self.violated("L5", f"{BURST + 1} calls for VM {vm_id} within {BURST_SECONDS:g} s")
         burst.append(now)
+        seen.sent_before[vm_id] = seen.last_sent.get(vm_id, -1.0)
         seen.last_sent[vm_id] = now
 
-    def answered(self, process: Process, host: Host, vm_id: VmId, reply: Reply | None) -> None:
+    def answered(
+        self, process: Process, host: Host, vm_id: VmId, reply: Reply | None, error: AgentFailure | None = None
+    ) -> None:
         """A mutating call has ended; None without an answer or refused."""
         seen = self._seen[process]
+        if isinstance(error, Refused) and error.code in ("stale_term", "does_not_fit"):  # nothing has come of it
+            seen.last_sent[vm_id] = seen.sent_before.get(vm_id, -1.0)
         seen.in_flight[host.name] -= 1
         if reply is not None:
             seen.replies[host.addr, vm_id] = reply
@@ -227,6 +248,9 @@ class Checks:
     def committing(self, process: Process, change: Change, mirror: Mirror) -> None:
         """S4, S5 and S9, before the mirror follows the change."""
         seen = self._seen.get(process)
+        for vm_id, host_id in change.placed:
+            if seen is not None and seen.fleet is not None:
+                self._check_placement(seen.fleet, vm_id, host_id)
         for vm_id, _ in change.gone:
             vm = mirror.vms.get(vm_id)
             if vm is not None and vm.host_id and seen is not None:
@@ -244,7 +268,9 @@ class Checks:
         """S7 and the core's own invariants, on what is recorded now."""
         for vm in change.vms:
             self.wished[vm.id].add(vm.desired)
-        rooms = {HostId(host.name): (host.cpu, host.mem, host.disk) for host in self._world.hosts}
+        # What the other branch has made is bound to where it is, room or not; the rest then goes elsewhere.
+        found = {mirror.vms[vm_id].host_id for vm_id in self.tolerates_copies if vm_id in mirror.vms}
+        rooms = {HostId(h.name): (h.cpu, h.mem, h.disk) for h in self._world.hosts if h.name not in found}
         for what in violations(mirror.envs, mirror.vms.values(), rooms):
             self.violated("S7", what)
 
@@ -257,6 +283,18 @@ class Checks:
         """S8: a person has been told that something is recorded."""
         if not is_recorded:
             self.violated("S8", f"{what} was acknowledged and is not recorded")
+
+    def _check_placement(self, fleet: Fleet, vm_id: VmId, host_id: str) -> None:
+        for state in fleet.hosts.values():
+            other = state.intent.id
+            if other and other != host_id and state.online and vm_id in state.vms and other in self._told_before(fleet, vm_id):
+                self.violated("S1", f"VM {vm_id} is placed on {host_id} while {other} shows it")
+
+    def _told_before(self, fleet: Fleet, vm_id: VmId) -> set[str]:
+        """The hosts whose lists a controller has had for long enough to heed them, and which show the VM."""
+        seen = next(seen for seen in self._seen.values() if seen.fleet is fleet)
+        long_ago = self._world.loop.now - WRITE_SECONDS
+        return {host for host, sights in seen.listings.items() if any(s.when < long_ago and vm_id in s.ids for s in sights)}
 
     def _check_gone(self, seen: Seen, vm_id: VmId, host_id: str) -> None:
         sent = seen.last_sent.get(vm_id, -1.0)

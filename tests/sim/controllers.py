@@ -28,7 +28,7 @@ from tests.sim.store import STORE_TIME, Disk, SimDatabase
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-EPOCH = 1_700_000_000.0  # Unix seconds at virtual time 0
+EPOCH = 1_800_000_000.0  # Unix seconds at virtual time 0
 HEARTBEAT = 10.0
 
 
@@ -58,6 +58,8 @@ class SimController:
         self.disk = disk
         self.is_ready = False
         self.is_retired = False
+        self.is_last = False
+        """Whether nobody starts it again once it has died."""
         self.controller: Controller | None = None
         self.process = Process(world.loop, name, self._died)
         self.process.spawn(self._main())
@@ -84,7 +86,7 @@ class SimController:
     def _died(self, label: str) -> None:
         self.is_ready = False
         self.world.note("controller dies", self.process.name, label)
-        if not self.is_retired:
+        if not self.is_retired and not self.is_last:
             self.world.restart_controller_later(self)
 
     def retire(self) -> None:

@@ -152,6 +152,25 @@ def _kill_controller(world: World, rng: random.Random) -> None:
         world.injected("controller killed", controller.process.name)
 
 
+def _restore(world: World, rng: random.Random) -> None:
+    disk, backup = world.disk, world.disk.copy()
+
+    def put_back() -> None:
+        if not world.is_calm and world.disk is disk and not world.has_term_of_the_future():
+            world.injected("store restored", f"as it was at {taken_at:.1f}")
+            world.restore_store(backup, disk)
+
+    taken_at = world.loop.now
+    world.loop.call_later(rng.uniform(0.5, 20.0), put_back)
+
+
+def _second_controller(world: World, rng: random.Random) -> None:
+    if world.controllers[-1].is_ready:
+        world.injected("two controllers")
+        first = world.start_second_controller()
+        world.loop.call_later(rng.uniform(1.0, 25.0), first.retire)
+
+
 def _store(attribute: str, kind: str, seconds: tuple[float, float]) -> Strike:
     def strike(world: World, rng: random.Random) -> None:
         setattr(world.disk, attribute, world.loop.now + rng.uniform(*seconds))
@@ -198,7 +217,9 @@ KINDS: dict[str, tuple[int, Strike]] = {
     "delay": (4, _message("delay", "request", (0.5, 60.0), 0.9)),
     "delay reply": (3, _message("delay reply", "reply", (0.5, 60.0), 0.9)),
     "duplicate": (4, _message("duplicate", "request", (0.0, 30.0), 1.0)),
-    "garbage": (3, _message("garbage", "reply", (0, 0), 0.5)),
+    "garbage": (2, _message("garbage", "reply", (0, 0), 0.5)),
+    "truncated": (2, _message("truncated", "reply", (0, 0), 0.5)),
+    "huge": (2, _message("huge", "reply", (0, 0), 0.5)),
     "reorder": (4, _reorder),
     "cut to and from": (2, _cut("to", "from")),
     "cut to": (2, _cut("to")),
@@ -211,6 +232,8 @@ KINDS: dict[str, tuple[int, Strike]] = {
     "vm exited": (2, _vm_ends("exited")),
     "record deleted": (2, _lose_record),
     "controller killed": (5, _kill_controller),
+    "store restored": (1, _restore),
+    "two controllers": (1, _second_controller),
     "store locked": (2, _store("locked_until", "store locked", (0.1, 12.0))),
     "store full": (2, _store("full_until", "store full", (0.5, 12.0))),
     "store slow": (1, _store("slow_until", "store slow", (0.5, 8.0))),

@@ -9,12 +9,15 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from reconciler.agents import (
     CALL_TIMEOUT,
     CONNECT_TIMEOUT,
+    MAX_REPLY,
     READ_TIMEOUT,
+    AgentClient,
     AgentFailure,
     BadReply,
     Listing,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 Respond = Callable[[Any], None]
+CORRUPTIONS = ("garbage", "truncated", "huge")
 HEALED_WITHIN = 3.0  # seconds until TCP tells both ends of what was lost, once the network works again
 
 
@@ -124,8 +128,8 @@ class Network:
         if loop.now < self.cut_from.get(host.name, 0.0) or (fault and fault.kind == "lose reply"):
             self._lose(exchange)
             return
-        if fault and fault.kind == "garbage":
-            outcome = BadReply(f"{host.addr} answered garbage")
+        if fault and fault.kind in CORRUPTIONS:
+            outcome = _misread(fault.kind, host.addr, exchange.verb, outcome)
         loop.call_later(self._delay(host) + (fault.seconds if fault else 0.0), exchange.settle, outcome)
 
     def agent_died(self, agent: Agent) -> None:
@@ -168,6 +172,21 @@ class Network:
                     self.world.checks.excuse(VmId(exchange.vm_id))
                 return fault
         return None
+
+
+def _misread(kind: str, addr: str, verb: str, outcome: Any) -> AgentFailure:
+    """What the production client makes of a reply that something on the way has spoiled."""
+    if isinstance(outcome, AgentFailure):
+        return BadReply(f"{addr} answered nothing that could be read")
+    if kind == "huge":
+        return BadReply(f"{addr} answered more than {MAX_REPLY} bytes")
+    whole = b'{"ok": true, "boot_id": "b1", "seq": 7, "data": []}'
+    body = whole[: len(whole) // 2] if kind == "truncated" else b"<html>\xff\x00</html>"
+    try:
+        AgentClient._envelope(cast(AgentClient, SimpleNamespace(addr=addr)), verb, "/", 200, body)
+    except BadReply as error:
+        return error
+    raise AssertionError(f"the client takes {body!r} for an answer")
 
 
 class SimClient:
@@ -239,7 +258,7 @@ class SimClient:
         try:
             reply: Reply = await self._ask(verb, CALL_TIMEOUT, act, vm_id)
         except AgentFailure as error:
-            self._world.checks.answered(self._process, self._host, vm_id, None)
+            self._world.checks.answered(self._process, self._host, vm_id, None, error)
             self._world.note("failed", verb, vm_id, self._host.name, error)
             raise
         self._world.checks.answered(self._process, self._host, vm_id, reply)

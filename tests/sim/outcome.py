@@ -33,6 +33,7 @@ def unsettled(world: World, rest: float = REST) -> str:
     return (
         _envs_unsettled(world, mirror, excepting, rest)
         or _vms_unsettled(world, mirror, excepting)
+        or _drains_unsettled(world, mirror)
         or _still_under_way(world, serving.controller.fleet, serving.process, mirror, excepting)
         or next(filter(None, (_leftovers(world, host, mirror.vms, excepting) for host in world.hosts if host.powered)), "")
     )
@@ -67,6 +68,19 @@ def _vms_unsettled(world: World, mirror: Mirror, excepting: AbstractSet[VmId]) -
     return ""
 
 
+def _drains_unsettled(world: World, mirror: Mirror) -> str:
+    """Before the cure a VM that cannot be had holds up the drain of its environment, as it holds up the roll-out."""
+    if not world.is_cured:
+        return ""
+    waiting = {vm.env_id for vm in mirror.vms.values() if _has_no_room(world, mirror, vm)}
+    draining = {host.id for host in mirror.hosts.values() if host.drain_total is not None}
+    for vm in mirror.vms.values():
+        is_to_leave = vm.host_id in draining and not vm.gone_at and vm.env_id not in waiting
+        if is_to_leave and any(_fits(mirror, vm, host) for host in world.hosts):
+            return f"VM {vm.id} is still on {vm.host_id}, which is being drained"
+    return ""
+
+
 def _still_under_way(world: World, fleet: Fleet, process: Process, mirror: Mirror, excepting: AbstractSet[VmId]) -> str:
     if world.checks.calls_under_way(process) or world.network.under_way or world.users.pending:
         return "a call is still under way"
@@ -74,7 +88,8 @@ def _still_under_way(world: World, fleet: Fleet, process: Process, mirror: Mirro
         if not vm.gone_at and vm.host_id and vm.id not in excepting and not fleet.status[vm.id].settled:
             return f"the controller does not take {vm.id} to be settled: {fleet.status[vm.id].message}"
     for state in fleet.hosts.values():
-        ghosts = [vm_id for vm_id in state.vms if vm_id in mirror.vms and mirror.vms[vm_id].gone_at]
+        mine = [mirror.vms[vm_id] for vm_id in state.vms if vm_id in mirror.vms]
+        ghosts = [vm.id for vm in mine if vm.gone_at and vm.host_id == state.intent.id]
         if ghosts and state.online:
             return f"{ghosts[0]} is still taken to be on {state.shown_id}"
     return ""
@@ -119,10 +134,11 @@ def _has_no_room(world: World, mirror: Mirror, vm: VmIntent) -> bool:
 
 
 def _fits(mirror: Mirror, vm: VmIntent, host: Host) -> bool:
-    if not host.powered or vm.spec.image not in host.images or host.addr not in mirror.hosts:
+    registered = mirror.hosts.get(host.addr)
+    if not host.powered or vm.spec.image not in host.images or registered is None or registered.cordoned:
         return False
     placed = [other.spec for other in mirror.vms.values() if other.host_id == host.name and not other.gone_at]
-    ours = mirror.vms
+    ours = {vm.id for vm in mirror.vms.values() if vm.host_id == host.name}
     others = [record.request for vm_id, record in host.records.items() if vm_id not in ours]
     return all(
         sum(getattr(one, what) for one in (*placed, *others, vm.spec)) <= getattr(host, what) for what in ("cpu", "mem", "disk")
@@ -139,6 +155,8 @@ def _leftovers(world: World, host: Host, vms: dict[VmId, VmIntent], excepting: A
             if vm_id in world.strangers - excepting and host.engine[vm_id] != "running" and host.name not in world.lost_power:
                 return f"the stranger {vm_id} on {host.name} does not run any more"
             continue
+        if world.checks.forked and (vm is None or (vm.host_id != host.name and vm_id in world.checks.tolerates_copies)):
+            continue  # made by a branch of the store that is no more: shown as unknown, and left to people
         if vm is None or vm.gone_at or vm.host_id != host.name:
             return f"VM {vm_id} is left on {host.name}"
     return ""

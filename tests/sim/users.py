@@ -23,7 +23,7 @@ ENVS = 3
 
 @dataclass(frozen=True)
 class Wish:
-    """One request at one time: verb is host, create, put, stop, start, extend or delete."""
+    """One request at one time: verb is host, cordon, uncordon, drain, create, put, stop, start, extend or delete."""
 
     at: float
     verb: str
@@ -47,6 +47,11 @@ def wishes(seed: int, hosts: list[str], until: float) -> list[Wish]:
         verb = rng.choice(["put", "put", "stop", "start", "extend", "delete", "create"])
         spec = _spec(rng, name) if verb in ("put", "create") else None
         out.append(Wish(rng.uniform(5.0, until), verb, name, spec, rng.choice([30, 3600, NEVER])))
+    for addr in rng.sample(hosts, rng.choice([0, 1, 1])):
+        verb = rng.choice(["cordon", "drain"])
+        out.append(Wish(rng.uniform(8.0, until), verb, addr))
+        if rng.random() < 0.6:
+            out.append(Wish(rng.uniform(12.0, until), "uncordon", addr))
     return sorted(out, key=lambda wish: wish.at)
 
 
@@ -141,6 +146,10 @@ class Users:
         match wish.verb:
             case "host":
                 return await controller.add_host(wish.target)
+            case "cordon" | "uncordon":
+                return await intents.set_cordon(wish.target, wish.verb == "cordon")
+            case "drain":
+                return await intents.drain(wish.target)
             case "create":
                 assert wish.spec is not None
                 return await intents.create_env(wish.spec)
@@ -158,7 +167,7 @@ class Users:
         mirror = controller.store.disk.mirror  # type: ignore[attr-defined]
         env = mirror.envs.get(EnvId(wish.target))
         is_kept = env is not None
-        if wish.verb == "host":
+        if wish.verb == "host" or wish.verb in ("cordon", "uncordon", "drain"):
             is_kept = wish.target in mirror.hosts
         elif wish.verb == "delete":
             is_kept = env is None or env.deleting

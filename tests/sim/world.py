@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from reconciler.core.expiry import MAX_JUMP
-from specs.names import VmId
+from reconciler.store.database import TERM_EPOCH
+from specs.names import ClusterId, VmId
 from specs.wire import CreateVmReq
 from tests.sim.agent import Agent, Weather
 from tests.sim.checks import Checks
@@ -18,7 +19,7 @@ from tests.sim.host import Host
 from tests.sim.loop import SimLoop
 from tests.sim.network import Network
 from tests.sim.outcome import unsettled
-from tests.sim.store import Disk
+from tests.sim.store import CLUSTER, Backup, Disk
 from tests.sim.users import Users, Wish, wishes
 
 BOUND = 240.0  # seconds after the last fault within which everything is as it should be
@@ -62,6 +63,8 @@ class World:
         self.engine_fails: Counter[str] = Counter()
         """How many times the next create, boot or removal on a host fails: "<step> <host>"."""
         self.strangers: set[VmId] = set()
+        self.poisoned: set[str] = set()
+        """VMs that have been seen to fail at every start."""
         self.hosts: list[Host] = []
         self.agents: dict[str, Agent] = {}
         self.controllers: list[SimController] = []
@@ -156,6 +159,9 @@ class World:
             self.injected(f"{step} fails", f"{request.vm_id} {host.name}")
             return f"the engine fails at {step}"
         if step == "boot" and request.image == "poison" and not self.is_cured:
+            if request.vm_id not in self.poisoned:
+                self.poisoned.add(request.vm_id)
+                self.injected("poison", request.vm_id)
             return "poison never boots"
         return ""
 
@@ -187,6 +193,44 @@ class World:
         if not self.is_over and not dead.is_retired:
             self.start_controller(dead.disk)
 
+    def restore_store(self, backup: Backup, disk: Disk) -> None:
+        """Somebody puts an older copy in the place of the store, as the handbook says with no controller running."""
+        for controller in self.controllers:
+            if controller.disk is disk:
+                controller.process.kill("the store is put back")
+        self.checks.fork(backup.mirror)
+        disk.restore(backup)
+
+    def start_second_controller(self) -> SimController:
+        """Somebody starts a controller on a copy of the store while the first one runs; returns the first one."""
+        first = self.controllers[-1]
+        backup = self.disk.copy()
+        self.disk = Disk.take()
+        self.checks.fork(backup.mirror)
+        self.disk.restore(backup)
+        first.is_last = True
+        self.start_controller()
+        return first
+
+    def retire_predecessors(self) -> None:
+        """One controller remains."""
+        for controller in self.controllers:
+            if controller.disk is not self.disk and not controller.is_retired:
+                controller.retire()
+
+    def has_term_of_the_future(self) -> bool:
+        """Whether a controller has begun with its clock ahead: a store that has forgotten that term has to wait so long."""
+        now = self.true_wall() - TERM_EPOCH
+        return any(host.terms.highest(ClusterId(CLUSTER)) > now + len(self.controllers) for host in self.hosts)
+
+    def heed_terms(self) -> None:
+        """A controller that began with its clock behind is told by every host that its term is over: it is started again."""
+        serving = self.serving()
+        if serving is not None and serving.controller is not None:
+            highest = max(host.terms.highest(serving.controller.fleet.cluster) for host in self.hosts)
+            if serving.controller.term < highest:
+                serving.process.kill("its term is over")
+
     # ---- the run
 
     def run_until(self, until: float) -> None:
@@ -198,6 +242,7 @@ class World:
         """Runs until reality is what was asked for; a violation of `rule` if it is not by `bound`."""
         why = "nothing looked"
         while not self.checks.found:
+            self.heed_terms()
             why = unsettled(self)
             if not why or self.loop.now >= bound:
                 break
@@ -210,12 +255,15 @@ class World:
         self.note("---- faults stop")
         self.is_calm = True
         self.set_clock_right()
+        self.retire_predecessors()
         self.network.heal()
         self.engine_fails.clear()
         for disk in {id(c.disk): c.disk for c in self.controllers}.values():
             disk.locked_until = disk.full_until = disk.slow_until = 0.0
         for host in self.hosts:
             host.images |= {"tiny", "base", "late", "poison"}
+            if self.checks.forked:  # what nobody knows of any more takes room
+                host.cpu, host.mem, host.disk = 2 * host.cpu + 32, 2 * host.mem, 2 * host.disk
 
     def cure(self) -> None:
         """Poison boots and dead hosts come back."""
@@ -234,7 +282,7 @@ class World:
         for _ in range(10_000):
             if not self.loop.step(self.loop.now):
                 break
-        for disk in {id(c.disk): c.disk for c in self.controllers}.values():
+        for disk in {id(disk): disk for disk in (self.disk, *(c.disk for c in self.controllers))}.values():
             disk.give_back()
 
 
