@@ -32,6 +32,8 @@ from specs.wire import CreateVmReq
 
 MAX_CPUS = 32  # of a microVM (Firecracker's API, machine-config)
 START_LIMIT = 30.0  # seconds until the API says that the microVM runs
+# A Firecracker asked while it still reads its configuration dies of the question, should that be wrong, and names no cause.
+API_PATIENCE = 3.0  # seconds without its word that it has started, after which it is asked all the same
 # A guest that is still booting loses the keys, so they are pressed again.
 KEYS_EVERY = 3.0  # seconds
 _LOOK_EVERY = 0.02  # seconds; for the API of a process that starts
@@ -144,7 +146,10 @@ class FirecrackerEngine:
         jail = self._jail(machine.id, machine.folder)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_LIMIT):
+                asked_after = asyncio.get_running_loop().time() + API_PATIENCE
                 while not await watch.wait(_LOOK_EVERY):
+                    if not folder.says_started() and asyncio.get_running_loop().time() < asked_after:
+                        continue
                     try:
                         said = str((await api.get(jail.root(), "/", limit=START_LIMIT)).get("state"))
                         if said in ("Running", "Paused"):

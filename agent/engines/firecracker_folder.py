@@ -28,6 +28,7 @@ from specs.names import VmId
 _TAIL = 2000  # characters of complaints shown to people
 # Firecracker's last word. A guest could write it too, and gain nothing: it may power itself off anyway.
 _GOOD_END = re.compile(r"\[[^\]]*:main\] Firecracker exiting successfully\. exit_code=0\s*\Z")
+_STARTED = "Successfully started microvm"
 _EXITED = "the guest powered itself off or rebooted, which under Firecracker is the same"
 
 
@@ -49,6 +50,10 @@ class VmFolder(ProcessFolder):
         """Removes everything the driver keeps here but the jail."""
         names = (KERNEL, INITRD, SEED)
         self.remove(PROCESS, ASKED, EXIT, CONSOLE, CONSOLE_OLD, *names, *(f".{name}.new" for name in names))
+
+    def says_started(self) -> bool:
+        """Whether Firecracker has said that its configuration was good. Not to be relied on: its words may change."""
+        return _STARTED in self.read(CONSOLE)
 
     def complaint(self) -> str:
         """The end of what jailer, Firecracker and guest have said since the last start."""
