@@ -31,6 +31,7 @@ METRICS: dict[str, Callable[[Plan], Coroutine[Any, Any, Result]]] = {
     "P12": parts.p12,
     "P14": parts.p14,
     "P16": parts.p16,
+    "KILL": fleets.kill,
 }
 LONG = ("P2",)
 """Run only when named."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.measure.result import Check, Plan, Result, percentile
-from ops.measure.site import Site, env_body, running_site
+from ops.measure.site import Site, env_body, running_site, until
 from ops.measure.wire import Watch, Wire, spread, watching
 
 EACH = 20  # VMs an environment, and a host on average
@@ -192,3 +192,37 @@ async def p6(plan: Plan) -> Result:
         Check("changes at the agents", 0 if is_quiet else 1, "<=", 0),
     )
     return Result("P6", f"idle with {hosts * EACH} VMs on {hosts} hosts", figures, checks)
+
+
+async def kill(plan: Plan) -> Result:
+    """As P1, but the controller is killed (kill -9) when half of the VMs run; afterwards all is watched at rest."""
+    hosts, seconds = plan.size(50), plan.size(20, 5)
+    vms = hosts * EACH
+    with running_site(plan.fresh("KILL"), hosts, *ROOM) as site:
+        began = time.perf_counter()
+        await submit(site, hosts, EACH)
+        await asyncio.to_thread(until, lambda: _running(site) >= vms // 2, "half of the VMs run")
+        site.controller.kill()
+        killed_at = _running(site)
+        await asyncio.to_thread(site.start_controller)
+        async with watching(site.url) as watch:
+            await watch.until(all_ready(watch, hosts), "every environment is ready")
+        took = time.perf_counter() - began
+        wanted = sorted(vm_id for env in site.data("/api/envs") for vm_id in env["vm_ids"])
+        there = sorted(vm["id"] for on_host in site.on_agents().values() for vm in on_host if vm["state"] == "running")
+        await asyncio.sleep(2)
+        calls, changes = site.calls(), site.positions()
+        await asyncio.sleep(seconds)
+        calls, is_quiet = site.calls() - calls, site.positions() == changes
+        memory = site.controller.memory()
+    figures = {"vms": vms, "running_when_killed": killed_at, "seconds": took, "controller_megabytes": memory / 2**20}
+    checks = (
+        Check("VMs lost, doubled or foreign", len(set(wanted) ^ set(there)) + len(there) - len(set(there)), "<=", 0),
+        Check(f"mutating calls in {seconds} s", calls, "<=", 0),
+        Check("changes at the agents", 0 if is_quiet else 1, "<=", 0),
+    )
+    return Result("KILL", f"converge {vms} VMs on {hosts} hosts, controller killed half way", figures, checks)
+
+
+def _running(site: Site) -> int:
+    return sum(vm["state"] == "running" for on_host in site.on_agents().values() for vm in on_host)
