@@ -17,7 +17,7 @@ from agent.errors import AgentError, Conflict
 from agent.inventory import Inventory
 from agent.lifecycle import Lifecycle, as_agent_error
 from agent.machine import Running
-from agent.records import Power
+from agent.records import Power, VmRecord
 
 log = structlog.get_logger(__name__)
 
@@ -157,7 +157,7 @@ class Operations:
         failure: AgentError | None = None
         try:
             if entry.record.power != power:
-                await self._life.save(entry, entry.record.model_copy(update={"power": power}))
+                await self._record_power(entry, entry.record.model_copy(update={"power": power}))
             if power == "stopped":
                 await self._life.halt(entry, self._grace)
             else:
@@ -173,6 +173,16 @@ class Operations:
             log.warning("power_failed", vm_id=entry.id, power=power, why=failure.message)
             raise failure
         log.info("power_set", vm_id=entry.id, power=power)
+
+    async def _record_power(self, entry: Entry, record: VmRecord) -> None:
+        try:
+            await self._life.save(entry, record)
+        except AgentError as error:
+            if record.power == "running":
+                raise
+            # A full disk must not keep a VM running: after a restart it reads as one that ended by itself, and stays off too.
+            log.warning("stop_not_recorded", vm_id=entry.id, why=error.message)
+            entry.record = record
 
     async def _remove(self, entry: Entry) -> None:
         try:

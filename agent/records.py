@@ -62,10 +62,14 @@ class VmRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the runtime folder holds. `unreadable` maps a VM id to the sentence that says what is wrong with its record."""
+    """What the runtime folder holds. `unreadable` maps a VM id to the sentence that says what is wrong with its record.
+
+    `strangers` are names that no VM's folder can have: files, links, `lost+found`. They are nobody's and left alone.
+    """
 
     records: dict[VmId, VmRecord] = field(default_factory=dict)
     unreadable: dict[VmId, str] = field(default_factory=dict)
+    strangers: list[str] = field(default_factory=list)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -129,6 +133,16 @@ class Records(Protocol):
         ...
 
 
+def _can_be_a_vm(folder: Path) -> bool:
+    try:
+        check_name(folder.name)
+        return stat.S_ISDIR(folder.lstat().st_mode)
+    except ValueError:
+        return False
+    except OSError:  # it cannot be looked at, so it may well be one
+        return True
+
+
 class RecordStore:
     """The runtime folder: `<root>/<vm_id>/vm.json`. What starts with a dot is the agent's own.
 
@@ -165,10 +179,10 @@ class RecordStore:
             if folder.name.startswith("."):
                 continue
             vm_id = VmId(folder.name)
+            if not _can_be_a_vm(folder):
+                found.strangers.append(folder.name)
+                continue
             try:
-                check_name(folder.name)
-                if not stat.S_ISDIR(folder.lstat().st_mode):
-                    raise ValueError("is not a folder")
                 if self._is_unborn(folder):
                     shutil.rmtree(folder)
                     continue

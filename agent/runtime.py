@@ -110,6 +110,8 @@ class Runtime:
         for vm_id, why in loaded.unreadable.items():
             log.error("record_unreadable", vm_id=vm_id, why=why)
             self._inventory.take_over_unreadable(vm_id, why)
+        for name in loaded.strangers:
+            log.warning("no_vm_passed_over", path=str(self._store.root / name))
         for record in loaded.records.values():
             self._inventory.take_over(record)
         for engine in self._engines.values():

@@ -25,8 +25,10 @@ ZFS_DATASET = r"^[A-Za-z][A-Za-z0-9_.:-]*(/[A-Za-z0-9_.:-]+)*$"
 
 
 def default_data_dir() -> Path:
-    """/var/lib/muster for root, ~/.local/share/muster for everybody else."""
-    return _ROOT_DATA if os.geteuid() == 0 else Path.home() / ".local" / "share" / "muster"
+    """/var/lib/muster for root, the user's own data folder otherwise (XDG Base Directory: $XDG_DATA_HOME or ~/.local/share)."""
+    if os.geteuid() == 0:
+        return _ROOT_DATA
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "muster"
 
 
 def listed(value: object) -> object:

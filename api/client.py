@@ -135,9 +135,14 @@ class Client:
         """Removes a host by id or address; refused while VMs are placed there."""
         self._call("DELETE", f"/api/hosts/{_part(name)}")
 
-    def envs(self) -> tuple[Env, ...]:
-        """Every environment."""
-        return _parse(tuple[Env, ...], self._call("GET", "/api/envs"))
+    def set_cordon(self, name: str, cordoned: bool) -> Host:
+        """Says whether new VMs may be placed on a host, by id or address; those there stay."""
+        self._call("POST", f"/api/hosts/{_part(name)}/{'cordon' if cordoned else 'uncordon'}")
+        return self.host(name)
+
+    def envs(self, **filters: str) -> tuple[Env, ...]:
+        """Every environment, or those that `owner`, `phase` and `host` leave."""
+        return _parse(tuple[Env, ...], self._call("GET", "/api/envs", params=filters))
 
     def env(self, name: str) -> EnvDetail:
         """One environment with its VMs and warnings."""
@@ -164,9 +169,9 @@ class Client:
         """Asks for every VM of an environment to run."""
         self._call("POST", f"/api/envs/{_part(name)}/start")
 
-    def vms(self) -> tuple[Vm, ...]:
-        """Every VM of every environment."""
-        return _parse(tuple[Vm, ...], self._call("GET", "/api/vms"))
+    def vms(self, **filters: str) -> tuple[Vm, ...]:
+        """Every VM, or those that `owner`, `phase`, `host` and `env` leave."""
+        return _parse(tuple[Vm, ...], self._call("GET", "/api/vms", params=filters))
 
     def vm(self, vm_id: str) -> Vm:
         """One VM by its id."""

@@ -17,6 +17,7 @@ from tornado.web import StaticFileHandler
 from api.hub import KEEP_ALIVE, Hub, TooOld
 from api.lists import Lists, list_params, page
 from api.views import Views
+from reconciler.core.model import Change
 from reconciler.core.place import Placement, predict
 from reconciler.loop.controller import Controller
 from reconciler.loop.intents import Clash, NoSuch, StaleGeneration, parse_if_match
@@ -414,7 +415,7 @@ class Health(ApiHandler):
 
 
 class Ready(ApiHandler):
-    """/readyz: the desired state is loaded."""
+    """/readyz: the desired state is loaded, and can be written."""
 
     needs_key = False
 
@@ -424,9 +425,10 @@ class Ready(ApiHandler):
 
     @operation(gives=dict[str, str], fails=(503,))
     async def on_get(self) -> None:
-        """Fine once the controller has started."""
+        """Fine once the controller has started, and while its store takes changes."""
         if not self.settings.get("is_ready", lambda: True)():
             raise Failure(503, "not_ready", "the controller is still loading")
+        await self.controller.store.commit(Change())
         self.reply({"status": "ready"})
 
 

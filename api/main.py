@@ -19,6 +19,7 @@ from api.views import Views
 from reconciler.loop.controller import Controller
 from reconciler.loop.watchers import WatchSettings
 from reconciler.store.database import Database
+from reconciler.store.marker import STORE, check_marker, write_marker
 from specs.http import Access, Listen, Server, application
 from specs.logs import set_up_logs
 
@@ -54,13 +55,15 @@ class ControllerApp:
         self._access = Access(key.encode() if key else None, None if key else self._listen.allowed_hosts())
         agent_key = settings.agent_key or key
         watch = WatchSettings(heartbeat=settings.heartbeat)
+        check_marker(settings.data_dir)
         self.controller = Controller(
-            Database.at(settings.data_dir / "muster.db"),
+            Database.at(settings.data_dir / STORE),
             agent_key=agent_key,
             watch=watch,
             host_loss_grace=settings.host_loss_grace,
         )
         fleet = self.controller.fleet
+        write_marker(settings.data_dir, fleet.cluster)
         views = Views(fleet, self.controller.clock)
         self.hub = Hub(fleet, views, self.controller.term)
         routes = [*ROUTES, *fleet_handlers.ROUTES]

@@ -40,6 +40,8 @@ class ControllerSettings:
 
     def key(self) -> str | None:
         """The API key, from the setting or the file. Raises SettingsError."""
+        if self.api_key is not None and self.api_key_file is not None:
+            raise SettingsError("give api_key or api_key_file, not both: they may differ")
         key = self.api_key.strip() if self.api_key is not None else None
         if key is None and self.api_key_file:
             key = read_or_make_key(self.api_key_file)

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from api.client import Client, Snapshot
     from specs.wire import Env, Host, Vm
 
+PHASES = ("pending", "progressing", "ready", "degraded", "stopped", "terminating")
+
 
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="envs|vms|hosts|images [NAME]...")
 @click.option("--env", "env_id", metavar="NAME", help="Only VMs of this environment.")
-@click.option("--host", "host_id", metavar="ID", help="Only VMs on this host.")
+@click.option("--host", "host_id", metavar="ID|HOST:PORT", help="Only VMs on this host, and environments with one there.")
+@click.option("--phase", type=click.Choice(PHASES), help="Only environments or VMs in this phase.")
 @click.option("--owner", help="Only environments of this owner, and their VMs.")
 @click.option("-w", "--watch", is_flag=True, help="Go on with a line for each change, until Ctrl-C.")
 @output_option("wide")
@@ -28,6 +31,7 @@ def get(
     what: tuple[str, ...],
     env_id: str | None,
     host_id: str | None,
+    phase: str | None,
     owner: str | None,
     watch: bool,
     output: str,
@@ -43,12 +47,17 @@ def get(
             raise click.UsageError("images cannot be watched")
         _images(connect, names, output)
         return
-    chosen = _Chosen(str(kind), names, env_id=env_id, host_id=host_id, owner=owner)
+    if kind == "host" and any((env_id, host_id, phase, owner)):
+        raise click.UsageError("hosts are chosen by name; --env, --host, --owner and --phase are for environments and VMs")
     if watch:
-        _follow(connect, chosen, output)
+        if kind == "env" and host_id is not None:
+            raise click.UsageError("environments cannot be watched by host; watch its VMs")
+        _follow(connect, _Chosen(str(kind), names, env_id=env_id, host_id=host_id, owner=owner, phase=phase), output)
         return
+    asked = {"owner": owner, "phase": phase, "host": host_id} | ({"env": env_id} if kind == "vm" else {})
+    chosen = _Chosen(str(kind), names, env_id=env_id if kind == "env" else None)
     with connect() as client:
-        things = chosen.of(_looked_up(client, str(kind), with_owners=owner is not None))
+        things = chosen.of(_looked_up(client, str(kind), {name: text for name, text in asked.items() if text is not None}))
     missing = [name for name in names if not any(chosen.is_named(thing, name) for thing in things)]
     if output in ("json", "yaml"):
         if not missing:
@@ -59,14 +68,14 @@ def get(
         raise Failure(f"there is no {kind} {', '.join(missing)}")
 
 
-def _looked_up(client: Client, kind: str, *, with_owners: bool) -> Snapshot:
+def _looked_up(client: Client, kind: str, asked: dict[str, str]) -> Snapshot:
     from api.client import Snapshot
 
     return Snapshot(
         revision=0,
         hosts=client.hosts() if kind == "host" else (),
-        envs=client.envs() if kind == "env" or with_owners else (),
-        vms=client.vms() if kind == "vm" else (),
+        envs=client.envs(**asked) if kind == "env" else (),
+        vms=client.vms(**asked) if kind == "vm" else (),
     )
 
 
@@ -81,8 +90,10 @@ class _Chosen:
         env_id: str | None = None,
         host_id: str | None = None,
         owner: str | None = None,
+        phase: str | None = None,
     ) -> None:
         self.kind, self.names, self._env, self._host, self._owner = kind, names, env_id, host_id, owner
+        self._phase = phase
 
     def of(self, fleet: Snapshot) -> list[Any]:
         """The chosen objects in the order of their names."""
@@ -94,11 +105,13 @@ class _Chosen:
         """Whether an object is among the chosen."""
         if self.names and not any(self.is_named(thing, name) for name in self.names):
             return False
+        if self._phase not in (None, getattr(thing, "phase", None)):
+            return False
         if self.kind == "vm":
             vm: Vm = thing
             right_place = self._env in (None, vm.env_id) and self._host in (None, vm.host_id)
             return right_place and self._owner in (None, owners.get(vm.env_id))
-        return self.kind != "env" or self._owner in (None, thing.owner)
+        return self.kind != "env" or (self._owner in (None, thing.owner) and self._env in (None, thing.id))
 
     def is_named(self, thing: Any, name: str) -> bool:
         """Whether `name` means this object."""

@@ -71,13 +71,56 @@ def list_(output: str, connect: Callable[[], Client]) -> None:
 
 @host.command()
 @click.argument("names", nargs=-1, required=True, metavar="ID|HOST:PORT...")
+@output_option()
 @connection
-def remove(names: tuple[str, ...], connect: Callable[[], Client]) -> None:
+def remove(names: tuple[str, ...], output: str, connect: Callable[[], Client]) -> None:
     """Remove hosts that hold no VM any more."""
+    removed: list[Any] = []
     with connect() as client:
 
         def forget(name: str) -> None:
             client.remove_host(name.removeprefix("host/"))
-            say(f"{name} removed")
+            removed.append({"id": name.removeprefix("host/"), "state": "removed"})
+            if output == "table":
+                say(f"{name} removed")
 
-        each(names, forget)
+        try:
+            each(names, forget)
+        finally:
+            if output != "table":
+                write_data(removed, output)
+
+
+@host.command()
+@click.argument("names", nargs=-1, required=True, metavar="ID|HOST:PORT...")
+@output_option()
+@connection
+def cordon(names: tuple[str, ...], output: str, connect: Callable[[], Client]) -> None:
+    """Place no new VM on hosts; those there stay."""
+    _cordon(names, output, connect, cordoned=True)
+
+
+@host.command()
+@click.argument("names", nargs=-1, required=True, metavar="ID|HOST:PORT...")
+@output_option()
+@connection
+def uncordon(names: tuple[str, ...], output: str, connect: Callable[[], Client]) -> None:
+    """Let new VMs be placed on hosts again; a drain under way ends."""
+    _cordon(names, output, connect, cordoned=False)
+
+
+def _cordon(names: tuple[str, ...], output: str, connect: Callable[[], Client], *, cordoned: bool) -> None:
+    changed: list[Any] = []
+    with connect() as client:
+
+        def change(name: str) -> None:
+            told = client.set_cordon(name.removeprefix("host/"), cordoned)
+            changed.append(told)
+            if output == "table":
+                say(f"host/{told.id} is {'cordoned' if cordoned else 'open to new VMs'}")
+
+        try:
+            each(names, change)
+        finally:
+            if output != "table":
+                write_data(changed, output)

@@ -9,7 +9,7 @@ import click
 
 from api.cli.apply import apply
 from api.cli.change import delete, start, stop, wait
-from api.cli.common import Failure
+from api.cli.common import Failure, output_option, write_data
 from api.cli.describe import describe
 from api.cli.get import get
 from api.cli.host import host
@@ -56,11 +56,15 @@ for _, _commands in _Sections.SECTIONS:
 
 
 @cli.command()
-def version() -> None:
+@output_option()
+def version(output: str) -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    click.echo(f"muster {installed('muster')}")
+    if output == "table":
+        click.echo(f"muster {installed('muster')}")
+    else:
+        write_data({"version": installed("muster")}, output)
 
 
 @cli.command()

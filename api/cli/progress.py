@@ -28,8 +28,7 @@ def reached(env: Env | None, goal: Goal, generation: int = 0) -> bool:
         return goal == "gone"
     if env.generation < generation or env.observed_generation < env.generation:
         return False
-    # A VM that ended and is not to be started again leaves its environment degraded, yet as asked.
-    phases = {"ready": ("ready",), "stopped": ("stopped",), "converged": ("ready", "stopped", "degraded"), "gone": ()}
+    phases = {"ready": ("ready",), "stopped": ("stopped",), "converged": ("ready", "stopped"), "gone": ()}
     return env.phase in phases[goal]
 
 
@@ -53,6 +52,9 @@ def await_goal(
             envs = {name: feed.fleet.envs.get(name) for name in generations}
             if known and all(reached(env, goal, generations[name]) for name, env in envs.items()):
                 return
+            spoilt = [name for name, env in envs.items() if known and goal != "gone" and _is_spoilt(env, generations[name])]
+            if spoilt:
+                raise Failure(_told(feed.fleet, spoilt, f"not {goal} but degraded, and nothing more is tried"))
             missing = [name for name, env in envs.items() if env is None]
             if known and missing and goal != "gone":
                 raise Failure(f"environment {', '.join(missing)} does not exist")
@@ -60,15 +62,25 @@ def await_goal(
                 raise Failure(_late(feed.fleet, envs, goal, generations, seconds))
 
 
+def _is_spoilt(env: Env | None, generation: int) -> bool:
+    """Whether an environment is degraded for good: a VM ended in failure, and is not to be started again."""
+    seen = env is not None and env.observed_generation >= max(env.generation, generation)
+    return seen and env is not None and env.phase == "degraded"
+
+
 def _late(fleet: Fleet, envs: Mapping[str, Env | None], goal: Goal, generations: Mapping[str, int], seconds: float) -> str:
     behind = [name for name, env in envs.items() if not reached(env, goal, generations[name])]
+    return _told(fleet, behind, f"not {goal} after {seconds:g} s", every=goal == "gone")
+
+
+def _told(fleet: Fleet, behind: Sequence[str], what: str, *, every: bool = False) -> str:
     told = []
     for name in behind:
-        slow = [vm for vm in fleet.vms_of(name) if goal == "gone" or vm.phase not in ("ready", "stopped")]
+        slow = [vm for vm in fleet.vms_of(name) if every or vm.phase not in ("ready", "stopped")]
         told += [f"{name}/{vm.name} is {vm.phase}{f': {vm.message}' if vm.message else ''}" for vm in slow]
     more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
     detail = "; ".join(told[:_SHOWN]) + more
-    return f"{', '.join(behind)} not {goal} after {seconds:g} s{f' ({detail})' if detail else ''}"
+    return f"{', '.join(behind)} {what}{f' ({detail})' if detail else ''}"
 
 
 class _Display(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from api.cli.common import Failure, default_data_dir, note, read_api_key
 
@@ -99,6 +100,7 @@ def controller(data_dir: Path | None, **given: Any) -> None:
     from api.settings import ControllerSettings, SettingsError
     from reconciler.store.database import StoreCorrupt, StoreUnavailable
 
+    given = _one_key(given)
     try:
         settings = ControllerSettings(data_dir=data_dir or default_data_dir(), **_given(given))
         asyncio.run(serve(settings, ready=_announce))
@@ -129,8 +131,7 @@ def agent(data_dir: Path | None, **given: Any) -> None:
     from agent.simulate import Simulation
     from agent.simulate import serve as serve_simulated
 
-    if given.get("api_key"):
-        given["api_key_file"] = None
+    given = _one_key(given)
     simulated, given = _split_simulation(given)
     try:
         settings = AgentSettings.model_validate({"data_dir": data_dir or default_data_dir(), **_given(given)})
@@ -192,6 +193,8 @@ def up(
             check_addr(address)
         except ValueError:
             raise click.UsageError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:9200") from None
+    key = _one_key({"api_key": api_key, "api_key_file": api_key_file})
+    api_key, api_key_file = key.get("api_key"), key.get("api_key_file")
     simulated, _ = _split_simulation(of_agent)
     data = ["--data-dir", str((data_dir or default_data_dir()).absolute())]
     shared = []
@@ -201,7 +204,7 @@ def up(
         shared.append("--insecure-no-auth")
     own = [word for name, value in _given(of_agent).items() for word in (f"--{name.replace('_', '-')}", str(value))]
     # A key goes through the environment: arguments of a process can be read by every user of the machine.
-    secret = {"MUSTER_API_KEY": api_key} if api_key else {}
+    secret = {"MUSTER_API_KEY": api_key, "MUSTER_API_KEY_FILE": ""} if api_key else {}
     run(
         Part("controller", listen, ["controller", "--listen", listen, *data, *shared], secret),
         Part("agent", agent_listen, ["agent", "--listen", agent_listen, *([] if simulated else data), *shared, *own], secret),
@@ -209,6 +212,18 @@ def up(
         key=lambda: read_api_key(api_key, api_key_file),
         destroy_on_exit=destroy_on_exit,
     )
+
+
+def _one_key(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings with one source of the API key: the command line goes before the environment. Raises UsageError on two."""
+    if not (given.get("api_key") and given.get("api_key_file")):
+        return given
+    context = click.get_current_context()
+    typed = [name for name in ("api_key", "api_key_file") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if len(typed) != 1:
+        where = ("--api-key and --api-key-file", "MUSTER_API_KEY and MUSTER_API_KEY_FILE")[not typed]
+        raise click.UsageError(f"{where} are both given, and may differ; give one of them")
+    return {name: value for name, value in given.items() if name not in ("api_key", "api_key_file") or name in typed}
 
 
 def _announce(url: str) -> None:
