@@ -127,7 +127,7 @@ def test_a_file_among_the_folders_is_reported_and_left_alone(tmp_path: Path) -> 
     (tmp_path / "bad name").mkdir()
     (tmp_path / "bad name" / "file").touch()
     loaded = RecordStore(tmp_path).load()
-    assert (loaded.records, sorted(loaded.unreadable)) == ({}, ["bad name", "stray"])
+    assert (loaded.records, loaded.unreadable, loaded.strangers) == ({}, {}, ["bad name", "stray"])
     assert (tmp_path / "stray").exists()
 
 
