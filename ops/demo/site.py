@@ -124,7 +124,13 @@ def choose(state: Path, *, docker: bool) -> tuple[Site, tuple[str, ...]]:
 
 def forget(site: Site) -> None:
     """Removes the state of a run that left nothing. Images, the key, logs and the accelerator's proof stay."""
-    for path in (*site.data.glob("muster.db*"), site.data / "controller.lock", site.data / "host-id", site.state / "site.json"):
+    for path in (
+        *site.data.glob("muster.db*"),
+        site.data / "cluster-id",
+        site.data / "controller.lock",
+        site.data / "host-id",
+        site.state / "site.json",
+    ):
         path.unlink(missing_ok=True)
     shutil.rmtree(site.vms, ignore_errors=True)
 
