@@ -8,7 +8,8 @@ from collections.abc import Collection
 
 import click
 
-from tests.sim.campaign import Summary, campaign
+from tests.sim import crashes
+from tests.sim.campaign import Summary, campaign, few_collections
 from tests.sim.faults import KINDS
 from tests.sim.planted import PLANTED, hunt
 from tests.sim.world import run
@@ -23,8 +24,20 @@ SHOWN = 20  # violations shown in full
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes to run schedules in.")
 @click.option("--timeline", type=click.IntRange(0), metavar="SEED", help="Run one schedule and tell everything that happens.")
 @click.option("--planted", is_flag=True, help="Plant classic mistakes one at a time: each must be caught.")
+@click.option("--crash-points", is_flag=True, help="Kill controller and agents at every port call of a reference run.")
+@click.option("--crash-at", metavar="POINT", help="Tell the reference run with a kill at this point.")
 @click.option("--kinds", is_flag=True, help="List the kinds of faults.")
-def main(seeds: int, first: int, faults: str, jobs: int, timeline: int | None, planted: bool, kinds: bool) -> None:
+def main(
+    seeds: int,
+    first: int,
+    faults: str,
+    jobs: int,
+    timeline: int | None,
+    planted: bool,
+    crash_points: bool,
+    crash_at: str | None,
+    kinds: bool,
+) -> None:
     """Runs the production controller against simulated hosts, networks and disks under faults, in virtual time.
 
     A schedule is made from its seed alone: the same seed is the same run, always.
@@ -34,6 +47,10 @@ def main(seeds: int, first: int, faults: str, jobs: int, timeline: int | None, p
         click.echo("\n".join(KINDS))
     elif timeline is not None:
         sys.exit(_tell(timeline, chosen))
+    elif crash_points:
+        sys.exit(_crash_everywhere())
+    elif crash_at is not None:
+        sys.exit(_tell_crash(crash_at))
     elif planted:
         sys.exit(_hunt_all(first, seeds))
     else:
@@ -100,6 +117,35 @@ def _hunt_all(first: int, limit: int) -> int:
         click.echo(f"{name}: " + (f"caught after {found[0]} schedules: {found[1]}" if found else f"NOT CAUGHT in {limit}"))
     click.echo(f"{caught} of {len(PLANTED)} caught")
     return 0 if caught == len(PLANTED) else 1
+
+
+def _crash_everywhere() -> int:
+    begin = time.monotonic()
+    whole, points = crashes.crash_points()
+    failed = {}
+    with few_collections():
+        for point, ran in crashes.enumerate_crashes(points):
+            if not ran.died_at:
+                ran.violations = (*ran.violations, "X: nothing died there: the run is not the same twice")
+            if ran.violations:
+                failed[point] = ran.violations[0]
+    for kind, times in sorted(crashes.by_kind(whole.labels).items()):
+        click.echo(f"  {times:5} {kind}")
+    for point, what in list(failed.items())[:SHOWN]:
+        click.echo(f"{point} ({whole.labels[point]}): {what}\n    ops/sim --crash-at {point}")
+    click.echo(f"{len(points)} crash points in {time.monotonic() - begin:.1f} s, violations: {len(failed)}")
+    return 1 if failed or whole.violations else 0
+
+
+def _tell_crash(text: str) -> int:
+    try:
+        point = crashes.CrashPoint.parse(text)
+    except ValueError:
+        raise click.BadParameter("must be as --crash-points shows it, such as 3:17", param_hint="--crash-at") from None
+    lines: list[str] = []
+    ran = crashes.reference(point, lines)
+    click.echo("\n".join([*lines, *ran.violations]))
+    return 1 if ran.violations else 0
 
 
 if __name__ == "__main__":

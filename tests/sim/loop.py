@@ -61,6 +61,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.now = 0.0
         self.blocked = 0.0
         """How long a blocking port (the store's thread) held up what it hands over to the loop next."""
+        self.on_birth: Callable[[Process], None] | None = None
+        """Told of every program as it begins."""
         self._on_error = on_error
         self._ready: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
@@ -181,7 +183,10 @@ class Process:
         self.points = 0
         self.die_at: int | None = None
         self.died_at_label = ""
+        self.on_point: Callable[[str], object] | None = None
         self._on_death = on_death
+        if loop.on_birth is not None:
+            loop.on_birth(self)
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str = "") -> asyncio.Task[Any]:
         """Runs work as part of this program."""
@@ -205,6 +210,8 @@ class Process:
         if not self.alive:
             raise asyncio.CancelledError
         self.points += 1
+        if self.on_point is not None:
+            self.on_point(label)
         if self.points == self.die_at:
             self.kill(label)
             raise asyncio.CancelledError

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.sim.campaign import Summary, campaign
+from tests.sim.crashes import crash_points, enumerate_crashes
 from tests.sim.faults import KINDS
 from tests.sim.planted import hunt
 from tests.sim.world import run
@@ -47,3 +48,12 @@ def test_the_same_seed_is_the_same_run() -> None:
 )
 def test_a_planted_mistake_is_caught(mistake: str) -> None:
     assert hunt(mistake, 0, 50) is not None
+
+
+def test_a_kill_at_a_port_call_of_controller_or_agent_leaves_nothing_undone() -> None:
+    whole, points = crash_points()
+    assert whole.violations == () and len(points) > 500
+    chosen = points if SEEDS >= 10_000 else points[::12]
+    outcomes = {str(point): (bool(ran.died_at), ran.violations) for point, ran in enumerate_crashes(chosen)}
+    wrong = {point: outcome for point, outcome in outcomes.items() if outcome != (True, ())}
+    assert wrong == {}, "show one with: ops/sim --crash-at POINT"

@@ -339,6 +339,8 @@ def finish(world: World) -> float:
         world.run_until(world.loop.now + IDLE)
         if not world.checks.found and world.checks.mutating != calls:
             world.checks.violated("L2", f"{world.checks.mutating - calls} mutating calls on a converged fleet")
+        if world.serving() is None:  # killed in its rest, which only a crash point can do
+            world.run_until(world.loop.now + IDLE)
         why = unsettled(world, rest=0.0)
         if why and not world.checks.found:
             world.checks.violated("L1", f"it did not stay so: {why}")
