@@ -10,6 +10,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from agent.engines.firecracker import FirecrackerEngine
@@ -17,9 +18,11 @@ from agent.engines.firecracker_folder import find_processes
 from agent.engines.firecracker_jail import stray_cgroups
 from agent.errors import AgentError
 from agent.inventory import Capacity
+from agent.main import Agent
 from agent.network.linux import BridgeNetwork
 from agent.records import TERMS, RecordStore
 from agent.runtime import Drivers, Runtime
+from agent.settings import AgentSettings
 from agent.storage.file import FileStorage
 from specs.names import Engine, VmId
 from tests.agent.runtime_rig import NOBODY, request, until
@@ -151,3 +154,27 @@ async def test_a_removal_cut_off_at_any_moment_is_finished(host: Host, delay: fl
         await until(lambda: runtime.list() == [] or runtime.get(A).state == "running", LIMIT)
     await runtime.delete(A, NOBODY)
     await until(lambda: host.traces() == Host.NOTHING, LIMIT)
+
+
+async def test_a_composed_agent_offers_the_engine_with_its_images_and_says_why_where_it_cannot(
+    tmp_path: Path, namespace: None
+) -> None:
+    def settings(**more: Any) -> AgentSettings:
+        given = {"listen": "127.0.0.1:0", "data_dir": tmp_path, "engines": "fc", "firecracker_bin": firecracker_binary()}
+        return AgentSettings.model_validate({**given, "network": "bridge", "bridge": "mtf0", "subnet": "10.93.0.0/24", **more})
+
+    (tmp_path / "images").mkdir()
+    write_image(tmp_path / "images" / "guest")
+    agent = Agent(settings())
+    await agent.start()
+    try:
+        async with httpx.AsyncClient(base_url=agent.url, trust_env=False, timeout=60) as client:
+            info = (await client.get("/api/info")).json()["data"]
+            images = (await client.get("/api/images")).json()["data"]
+    finally:
+        await agent.stop()
+    assert (info["engines"], info["images_by_engine"], images) == (["firecracker"], {"firecracker": ["guest"]}, ["guest"])
+    with pytest.raises(AgentError, match=r"engine firecracker does not work here: .*--network bridge"):
+        await Agent(settings(network="user")).start()
+    with pytest.raises(AgentError, match=r"engine firecracker does not work here: .*give --firecracker-bin"):
+        await Agent(settings(firecracker_bin="/nonexistent/firecracker")).start()
