@@ -10,7 +10,16 @@ from pathlib import Path
 
 from agent.accel import runs_under_hypervisor
 from agent.engines.firecracker_config import KERNEL
-from agent.engines.firecracker_jail import UID_FIRST, Binaries, Jail, agent_mark, find_binaries, find_cgroups, remove_cgroup
+from agent.engines.firecracker_jail import (
+    UID_FIRST,
+    Binaries,
+    Jail,
+    agent_mark,
+    find_binaries,
+    find_cgroups,
+    remove_cgroup,
+    remove_parent_cgroup,
+)
 from agent.errors import AgentError, CommandFailed
 from agent.machine import Probe, Unusable, Usable
 from agent.run import run
@@ -75,6 +84,7 @@ async def _try_guest(binaries: Binaries, runtime_dir: Path) -> None:
         ) from error
     finally:
         await remove_cgroup(jail.cgroup())
+        await asyncio.to_thread(remove_parent_cgroup)
         await asyncio.to_thread(shutil.rmtree, folder)
 
 

@@ -339,6 +339,8 @@ async def test_binaries_are_found_under_the_names_of_a_release(tmp_path: Path) -
     found = find_binaries(str(tmp_path / "firecracker-v1.12.1-x86_64"))
     assert found.jailer == tmp_path / "jailer-v1.12.1-x86_64"
     assert isinstance(await firecracker_probe.probe(str(found.firecracker), tmp_path, "bridge"), Usable)
+    cgroups = find_cgroups()
+    assert cgroups is not None and not (cgroups.root / "muster").exists()
 
 
 def test_a_host_name_cannot_add_kernel_arguments(tmp_path: Path) -> None:
