@@ -340,7 +340,9 @@ async def test_binaries_are_found_under_the_names_of_a_release(tmp_path: Path) -
     assert found.jailer == tmp_path / "jailer-v1.12.1-x86_64"
     assert isinstance(await firecracker_probe.probe(str(found.firecracker), tmp_path, "bridge"), Usable)
     cgroups = find_cgroups()
-    assert cgroups is not None and not (cgroups.root / "muster").exists()
+    assert cgroups is not None
+    groups = list((cgroups.root / "muster").glob("*/"))
+    assert groups or not (cgroups.root / "muster").exists(), "it stays for the VMs of other agents alone"
 
 
 def test_a_host_name_cannot_add_kernel_arguments(tmp_path: Path) -> None:
