@@ -133,7 +133,7 @@ class Hub:
 
 def _dump(message: Message) -> object:
     # An age grows without anything having changed; watchers count it themselves.
-    return message.model_dump(mode="json", exclude={"heartbeat_age"})
+    return message.model_dump(mode="json", exclude={"heartbeat_age"}, exclude_none=True)
 
 
 def _frame(event: str, revision: int, data: bytes) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from reconciler.core import events as core
+from reconciler.core.explain import ACCEPTED, Progress, explain_vm
 from reconciler.core.model import EnvIntent, VmIntent
-from reconciler.fleet import ACCEPTED, DrainProgress, Fleet, HostState, VmStatus
+from reconciler.fleet import DrainProgress, Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
 from specs.names import EnvId, HostId, Storage, VmId
 from specs.wire import (
@@ -54,6 +57,7 @@ class Views:
         there = self._last_report(vm)
         phase: Phase = "terminating" if vm.desired == "absent" else status.phase
         settled = status.settled and vm.desired != "absent"
+        progress = self._progress(vm, status)
         return Vm(
             id=vm.id,
             env_id=vm.env_id,
@@ -70,16 +74,38 @@ class Views:
             name=vm.name,
             desired=vm.desired,
             phase=phase,
-            message=status.message,
+            message=explain_vm(vm, progress, _utc),
             attempts=0 if settled else status.retry.attempts,
             next_attempt_at=self._unix(status.next_at) if status.next_at is not None else None,
             generation=vm.generation,
             observed_generation=vm.generation if settled else vm.generation - 1,
-            conditions=self._vm_conditions(vm, status, settled),
+            conditions=self._vm_conditions(vm, status, progress),
         )
 
-    def _vm_conditions(self, vm: VmIntent, status: VmStatus, settled: bool) -> tuple[Condition, ...]:
-        since = self._unix(status.settled_at) if settled else vm.created_at
+    def _progress(self, vm: VmIntent, status: VmStatus) -> Progress:
+        env = self._fleet.envs.get(vm.env_id)
+        since = status.settled_at if status.settled else status.since
+        return Progress(
+            settled=status.settled,
+            since=vm.created_at if since is None else self._unix(since),
+            why=status.message,
+            tried=status.tried,
+            attempts=status.retry.attempts,
+            error=status.retry.error,
+            next_at=None if status.next_at is None else self._unix(status.next_at),
+            outdated=env is not None and vm.generation < env.generation and env.rolled != env.generation,
+            drain=self._waits_to_leave(vm),
+        )
+
+    def _waits_to_leave(self, vm: VmIntent) -> str:
+        host = self._fleet.host(vm.host_id) if vm.host_id else None
+        if host is None or host.intent.drain_total is None:
+            return ""
+        blocked = dict(host.drain.blocked) if host.drain else {}
+        return blocked.get(vm.id, "one VM of an environment moves at a time, and its turn will come")
+
+    def _vm_conditions(self, vm: VmIntent, status: VmStatus, progress: Progress) -> tuple[Condition, ...]:
+        settled = progress.settled and vm.desired != "absent"
         return (
             Condition(
                 type="Placed",
@@ -92,8 +118,8 @@ class Views:
                 type="Ready",
                 status=settled and status.phase == "ready",
                 reason=status.phase.capitalize(),
-                message=status.message,
-                since=since,
+                message=explain_vm(vm, progress, _utc),
+                since=progress.since,
             ),
         )
 
@@ -122,6 +148,7 @@ class Views:
             phase=phase,
             generation=env.generation,
             observed_generation=env.generation if self.converged(env) else env.generation - 1,
+            warnings=tuple(self.warnings(env)),
         )
 
     def find_env(self, env_id: str) -> Env | None:
@@ -159,9 +186,12 @@ class Views:
         for vm in self._fleet.env_vms(env.id):
             status = self._fleet.status[vm.id]
             there = self._last_report(vm)
+            progress = self._progress(vm, status)
             held_up = status.phase in ("pending", "degraded") and status.message != ACCEPTED
-            if status.message and (held_up or (vm.desired == "running" and status.phase == "stopped")):
-                lines.append(f"{vm.name}: {status.message}")
+            held_up |= vm.desired == "absent" and bool(progress.error or _is_silent(self._fleet, vm))
+            held_up |= vm.desired == "running" and status.phase == "stopped"
+            if held_up and (sentence := explain_vm(vm, progress, _utc)):
+                lines.append(f"{vm.name}: {sentence}")
             lines += [f"{vm.name}: {line}" for line in (there.warnings if there else ())]
         return list(dict.fromkeys(lines))
 
@@ -260,6 +290,15 @@ class Views:
             disk_total=sum(room.disk_total for room in online),
             disk_used=sum(room.disk_used for room in online),
         )
+
+
+def _utc(unix: int) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _is_silent(fleet: Fleet, vm: VmIntent) -> bool:
+    host = fleet.host(vm.host_id) if vm.host_id else None
+    return host is not None and not host.online
 
 
 def _state(vm: VmIntent, there: AgentVm | None) -> VmState:

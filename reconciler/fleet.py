@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from reconciler.core.events import Reason
+from reconciler.core.explain import ACCEPTED
 from reconciler.core.model import (
     Absent,
     Change,
@@ -31,7 +32,6 @@ from specs.names import ClusterId, EnvId, HostId, VmId
 from specs.wire import AgentInfo, AgentVm, Phase
 
 Kind = Literal["env", "host", "vm", "event"]
-ACCEPTED = "accepted"
 BOOTS_REMEMBERED = 16  # agent processes remembered a host; a reply older than that is long past every time limit
 
 
@@ -39,7 +39,8 @@ BOOTS_REMEMBERED = 16  # agent processes remembered a host; a reply older than t
 class VmStatus:
     """What the loop last decided about a VM. Times in monotonic seconds.
 
-    `settled`: nothing is left to do for it, since `settled_at`.
+    `settled`: nothing is left to do for it, since `settled_at`. `since`: when it was first looked at and not where it should
+    be; None before. `tried`: the last call, in words.
     """
 
     phase: Phase = "pending"
@@ -48,6 +49,8 @@ class VmStatus:
     next_at: float | None = None
     settled: bool = False
     settled_at: float = 0.0
+    since: float | None = None
+    tried: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,7 @@ class Fleet:
         """Takes over a change that the store has committed."""
         for env in change.envs:
             self.envs[env.id] = env
+            self._changed_vms(self.env_vms(env.id))  # those that wait for their turn in a roll-out say so
             self.changed("env", env.id)
         for vm in change.vms:
             old = self.vms.get(vm.id)
@@ -200,6 +204,8 @@ class Fleet:
         else:
             if state.intent.id != host.id:
                 self.changed("host", state.shown_id)
+            if state.intent.drain_total != host.drain_total and host.id:
+                self._changed_vms(self.host_vms(host.id))
             state.intent = host
             if host.drain_total is None:
                 state.drain = None
@@ -238,7 +244,7 @@ class Fleet:
                 self._unplaced[vm.id] = None
         if old is not None and (old.desired, old.spec) != (vm.desired, vm.spec) and vm.id in self.status:
             # A new wish starts afresh: the failures of the old one must not delay it.
-            self.status[vm.id] = replace(self.status[vm.id], retry=Retry(), next_at=None, settled=False)
+            self.status[vm.id] = replace(self.status[vm.id], retry=Retry(), next_at=None, settled=False, since=None)
         self.changed("vm", vm.id)
         self.changed("env", vm.env_id)
         self.wake(vm.id)
@@ -267,12 +273,18 @@ class Fleet:
         if reserved:
             self._add_load(*reserved, -1)
 
+    def _changed_vms(self, vms: Iterable[VmIntent]) -> None:
+        for vm in vms:
+            self.changed("vm", vm.id)
+            self.changed("env", vm.env_id)
+
     def set_drain(self, addr: str, progress: DrainProgress) -> None:
         """Records how far a drain is; tells watchers only if it differs."""
         host = self.hosts.get(addr)
         if host is not None and host.drain != progress:
             host.drain = progress
             self.changed("host", host.shown_id)
+            self._changed_vms(self.host_vms(HostId(host.shown_id)))
 
     def note(
         self, reason: Reason, message: str, *, vm: VmIntent | None = None, env: str = "", host: str = "", news: bool = False

@@ -210,6 +210,7 @@ class Env(Message):
     generation: int = 1
     observed_generation: int = 0
     conditions: tuple[Condition, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Event(Message):

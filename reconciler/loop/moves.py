@@ -12,10 +12,11 @@ from collections.abc import Callable
 import structlog
 
 from reconciler.core.expand import recreate
+from reconciler.core.explain import ACCEPTED
 from reconciler.core.model import Change, EnvIntent, Retry, VmIntent
 from reconciler.core.move import REFUSAL_KEPT, DrainStep, drain_step, elsewhere, is_refused
 from reconciler.core.place import Placement, Unplaceable
-from reconciler.fleet import ACCEPTED, DrainProgress, Fleet, HostState, VmStatus
+from reconciler.fleet import DrainProgress, Fleet, HostState, VmStatus
 from reconciler.loop.backoff import backoff
 from reconciler.loop.clock import Clock
 from reconciler.loop.notes import note_replaced

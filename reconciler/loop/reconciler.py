@@ -182,7 +182,7 @@ class Reconciler:
         status = self.fleet.status.get(intent.id, VmStatus())
         attempts = status.retry.attempts + 1
         phase = "terminating" if isinstance(step, Destroy) else "progressing"
-        self._set(intent.id, phase=phase, message=f"asking host {host.shown_id} to {verb} it", settled=False)
+        self._set(intent.id, phase=phase, message=f"asking host {host.shown_id} to {verb} it", settled=False, tried=verb)
         self.calls += 1
         try:
             reply = await self._send(client, host, intent, step)
@@ -347,8 +347,14 @@ class Reconciler:
 
     def _set(self, vm_id: VmId, **fields: object) -> None:
         status = self.fleet.status.get(vm_id)
-        if status is not None:
-            self.fleet.set_status(vm_id, replace(status, **fields))  # type: ignore[arg-type]  # names are checked by the tests
+        if status is None:
+            return
+        new = replace(status, **fields)  # type: ignore[arg-type]  # names are checked by the tests
+        if new.settled:
+            new = replace(new, since=None, tried="")
+        elif new.since is None:
+            new = replace(new, since=self._clock.monotonic())
+        self.fleet.set_status(vm_id, new)
 
 
 def _create_request(intent: VmIntent, *, ours: bool) -> CreateVmReq:
