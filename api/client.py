@@ -16,8 +16,8 @@ from urllib.parse import quote
 import httpx
 from pydantic import Field, TypeAdapter, ValidationError
 
-from specs.desired import EnvSpec, HostSpec, canonical_env
-from specs.wire import Env, EnvDetail, FleetStatus, Host, ImageInfo, Message, Plan, Vm
+from specs.desired import AdoptReq, EnvSpec, HostSpec, canonical_env
+from specs.wire import Env, EnvDetail, Event, FleetStatus, Host, ImageInfo, Message, Plan, UnknownVm, Vm
 
 DEFAULT_URL = "http://127.0.0.1:9200"
 CONNECT_LIMIT = 5.0  # seconds
@@ -50,15 +50,20 @@ class Change(Message):
     """One object after a change; `object` is None when it is gone."""
 
     revision: int
-    kind: Literal["host", "env", "vm"]
+    kind: Literal["host", "env", "vm", "event"]
     id: str
     object: dict[str, Any] | None = Field(default=None)
 
-    def parsed(self) -> Host | Env | Vm | None:
+    def parsed(self) -> Host | Env | Vm | Event | None:
         """The object as its model."""
         if self.object is None:
             return None
-        models: dict[str, type[Host] | type[Env] | type[Vm]] = {"host": Host, "env": Env, "vm": Vm}
+        models: dict[str, type[Host] | type[Env] | type[Vm] | type[Event]] = {
+            "host": Host,
+            "env": Env,
+            "vm": Vm,
+            "event": Event,
+        }
         try:
             return models[self.kind].model_validate(self.object)
         except ValidationError as error:
@@ -139,6 +144,30 @@ class Client:
         """Says whether new VMs may be placed on a host, by id or address; those there stay."""
         self._call("POST", f"/api/hosts/{_part(name)}/{'cordon' if cordoned else 'uncordon'}")
         return self.host(name)
+
+    def drain_host(self, name: str) -> Host:
+        """Asks for a host's VMs to be made anew elsewhere, without their disks; answers as soon as that is recorded."""
+        return _parse(Host, self._call("POST", f"/api/hosts/{_part(name)}/drain"))
+
+    def unknown_vms(self, name: str) -> tuple[UnknownVm, ...]:
+        """What a host has and the controller has no record of."""
+        return _parse(tuple[UnknownVm, ...], self._call("GET", f"/api/hosts/{_part(name)}/unknown"))
+
+    def adopt(self, host: str, vm_id: str, wish: AdoptReq) -> EnvDetail:
+        """Makes an unknown VM part of an environment, as it runs."""
+        path = f"/api/hosts/{_part(host)}/unknown/{_part(vm_id)}/adopt"
+        return _parse(EnvDetail, self._call("POST", path, json=wish.model_dump(mode="json", exclude_none=True)))
+
+    def destroy_unknown(self, host: str, vm_id: str) -> None:
+        """Asks for an unknown VM to be destroyed."""
+        self._call("DELETE", f"/api/hosts/{_part(host)}/unknown/{_part(vm_id)}")
+
+    def events(self, *, since: int | None = None, **chosen: str | None) -> tuple[Event, ...]:
+        """What happened, oldest first; `chosen` are `env`, `host`, `vm` and `limit`. With `since` only what came after."""
+        params = {name: value for name, value in chosen.items() if value is not None}
+        if since is not None:
+            params["since"] = str(since)
+        return _parse(tuple[Event, ...], self._call("GET", "/api/events", params=params))
 
     def envs(self, **filters: str) -> tuple[Env, ...]:
         """Every environment, or those that `owner`, `phase` and `host` leave."""

@@ -12,7 +12,9 @@ from api.cli.common import Failure, connection, output_option, say, targets, wri
 
 if TYPE_CHECKING:
     from api.client import Client
-    from specs.wire import Condition, EnvDetail, Host, Vm
+    from specs.wire import Condition, EnvDetail, Event, Host, Vm
+
+SHOWN_EVENTS = "10"
 
 
 @click.command()
@@ -30,13 +32,17 @@ def describe(what: tuple[str, ...], output: str, connect: Callable[[], Client]) 
     with connect() as client:
         if kind == "env":
             detail = client.env(names[0])
+            happened = client.events(env=names[0], limit=SHOWN_EVENTS)
             hosts = {host.id: host for host in client.hosts()}
-            _env(detail, hosts, output)
-            return
-        if kind == "host":
-            _host(client.host(names[0]), client.vms(), output)
+            _env(detail, hosts, happened, output)
+        elif kind == "host":
+            told = client.host(names[0])
+            happened = client.events(host=told.id, limit=SHOWN_EVENTS)
+            _host(told, client.vms(), happened, output)
         else:
-            _vm(find_vm(client.vms(), names[0]), {host.id: host for host in client.hosts()}, output)
+            vm = find_vm(client.vms(), names[0])
+            happened = client.events(vm=vm.id, limit=SHOWN_EVENTS)
+            _vm(vm, {host.id: host for host in client.hosts()}, happened, output)
 
 
 def find_vm(vms: Sequence[Vm], name: str) -> Vm:
@@ -70,7 +76,7 @@ def _fields(*pairs: tuple[str, str]) -> None:
         say(f"{name + ':':{width}}{value or '-'}")
 
 
-def _env(detail: EnvDetail, hosts: Mapping[str, Host], output: str) -> None:
+def _env(detail: EnvDetail, hosts: Mapping[str, Host], happened: Sequence[Event], output: str) -> None:
     from api.cli.words import VM_COLUMNS, clock, vm_row, write_table
 
     env, vms = detail.env, sorted(detail.vms, key=lambda vm: (vm.name, vm.id))
@@ -97,6 +103,7 @@ def _env(detail: EnvDetail, hosts: Mapping[str, Host], output: str) -> None:
     for vm in vms:
         if vm.message or vm.next_attempt_at:
             say(f"  {vm.name}: {_trouble(vm)}")
+    _events(happened)
     if ssh:
         _heading("Enter with:")
         width = max(map(len, ssh)) + 2
@@ -104,7 +111,7 @@ def _env(detail: EnvDetail, hosts: Mapping[str, Host], output: str) -> None:
             say(f"  {name:{width}}{command}")
 
 
-def _vm(vm: Vm, hosts: Mapping[str, Host], output: str) -> None:
+def _vm(vm: Vm, hosts: Mapping[str, Host], happened: Sequence[Event], output: str) -> None:
     from api.cli.words import clock, ports, size, ssh_command
 
     ssh = ssh_command(vm, hosts)
@@ -128,12 +135,13 @@ def _vm(vm: Vm, hosts: Mapping[str, Host], output: str) -> None:
         ("Message", _trouble(vm)),
     )
     _conditions(vm.conditions)
+    _events(happened)
     if ssh:
         _heading("Enter with:")
         say(f"  {ssh}")
 
 
-def _host(host: Host, every: Iterable[Vm], output: str) -> None:
+def _host(host: Host, every: Iterable[Vm], happened: Sequence[Event], output: str) -> None:
     from api.cli.words import VM_COLUMNS, clock, size, span, vm_row, write_table
 
     vms = sorted((vm for vm in every if vm.host_id == host.id), key=lambda vm: (vm.env_id, vm.name))
@@ -147,6 +155,7 @@ def _host(host: Host, every: Iterable[Vm], output: str) -> None:
         ("State", host.state),
         ("Heartbeat", "-" if host.heartbeat_age is None else f"{span(host.heartbeat_age)} ago"),
         ("Message", host.message),
+        ("Placement", _placement(host)),
         ("Engines", ", ".join(host.engines)),
         ("Storage", host.storage),
         ("CPU", f"{r.cpu_used} of {r.cpu_total} vCPU in use"),
@@ -158,6 +167,25 @@ def _host(host: Host, every: Iterable[Vm], output: str) -> None:
     if vms:
         say("")
         write_table(VM_COLUMNS, [vm_row(vm) for vm in vms], indent="  ")
+    _events(happened)
+
+
+def _events(happened: Sequence[Event]) -> None:
+    from api.cli.words import EVENT_COLUMNS, event_row, write_table
+
+    if happened:
+        _heading("Events:")
+        write_table(EVENT_COLUMNS, [event_row(event) for event in happened], indent="  ")
+
+
+def _placement(host: Host) -> str:
+    if host.drain is None:
+        return "cordoned: gets no new VMs" if host.cordoned else "open"
+    drain = host.drain
+    if drain.state == "drained":
+        return "drained: it can be removed"
+    blocked = "".join(f"; {item.env}/{item.name} is blocked: {item.why}" for item in drain.blocked)
+    return f"draining: {drain.left} of {drain.total} VMs are left, {drain.moving} on their way{blocked}"
 
 
 def _trouble(vm: Vm) -> str:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from api.client import ApiError, Change, Client, Snapshot
-from specs.wire import Env, Host, Vm
+from specs.wire import Env, Event, Host, Vm
 
 TICK = 0.5  # seconds; how often a waiting command looks at the clock
 _PAUSE_MIN, _PAUSE_MAX = 0.2, 3.0  # seconds between attempts to resume
@@ -32,6 +32,8 @@ class Fleet:
             self.envs = {env.id: env for env in event.envs}
             self.vms = {vm.id: vm for vm in event.vms}
             return
+        if event.kind == "event":
+            return  # tells what happened, not how anything is
         thing = event.parsed()
         if thing is None:
             tables: dict[str, dict[str, Any]] = {"host": self.hosts, "env": self.envs, "vm": self.vms}
@@ -40,7 +42,7 @@ class Fleet:
             self.hosts[event.id] = thing
         elif isinstance(thing, Env):
             self.envs[event.id] = thing
-        else:
+        elif not isinstance(thing, Event):
             self.vms[event.id] = thing
 
     def vms_of(self, env_id: str) -> list[Vm]:

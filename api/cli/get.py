@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -184,7 +184,7 @@ def _follow(connect: Callable[[], Client], chosen: _Chosen, output: str) -> None
             if not isinstance(event, Snapshot | Change):
                 continue
             if isinstance(event, Change):
-                thing = event.parsed() if event.kind == chosen.kind else None
+                thing = cast("Env | Vm | Host | None", event.parsed()) if event.kind == chosen.kind else None
                 owners = {env.id: env.owner for env in feed.fleet.envs.values()}
                 things = [thing] if thing and chosen.has(thing, owners) else []
                 if event.kind == chosen.kind and event.object is None and not chosen.names and output != "json":

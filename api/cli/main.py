@@ -11,8 +11,9 @@ from api.cli.apply import apply
 from api.cli.change import delete, start, stop, wait
 from api.cli.common import Failure, output_option, write_data
 from api.cli.describe import describe
+from api.cli.events import events
 from api.cli.get import get
-from api.cli.host import host
+from api.cli.host import adopt, host
 from api.cli.image import image
 from api.cli.serve import agent, controller, up
 
@@ -25,8 +26,8 @@ class _Sections(click.Group):
 
     SECTIONS = (
         ("Ask for machines", (apply, delete, stop, start)),
-        ("See what there is", (get, describe, wait)),
-        ("Run the cloud", (up, controller, agent, host, image)),
+        ("See what there is", (get, describe, events, wait)),
+        ("Run the cloud", (up, controller, agent, host, adopt, image)),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -13,7 +13,7 @@ import click
 from api.cli.common import wants_colour
 
 if TYPE_CHECKING:
-    from specs.wire import Env, Host, ImageInfo, Vm
+    from specs.wire import Env, Event, Host, ImageInfo, Vm
 
 Row = tuple[str, ...]
 
@@ -21,6 +21,7 @@ ENV_COLUMNS = ("NAME", "OWNER", "STATE", "PHASE", "VMS", "EXPIRES", "AGE")
 VM_COLUMNS = ("ENV", "NAME", "STATE", "PHASE", "ENGINE", "HOST", "IP", "PORTS", "AGE")
 VM_WIDE = ("ID", "DESIRED", "IMAGE", "CPU", "MEM", "DISK", "TRIES", "MESSAGE")
 HOST_COLUMNS = ("ID", "ADDRESS", "STATE", "ENGINES", "STORAGE", "VMS", "CPU", "MEM", "DISK", "AGE")
+EVENT_COLUMNS = ("AGE", "TYPE", "REASON", "OBJECT", "MESSAGE")
 HOST_WIDE = ("HEARTBEAT", "MESSAGE")
 ENV_WIDE = ("GENERATION", "OBSERVED", "MESSAGE")
 _GOOD = ("ready", "running", "online")
@@ -107,6 +108,14 @@ def host_row(host: Host, *, wide: bool = False) -> Row:
     row = (*what, *used, age(host.registered_at))
     beat = "-" if host.heartbeat_age is None else span(host.heartbeat_age)
     return (*row, beat, host.message or "-") if wide else row
+
+
+def event_row(event: Event) -> Row:
+    """One line of `events`."""
+    times = f" ({event.count} times)" if event.count > 1 else ""
+    vm = f"{event.env}/{event.vm_name}" if event.vm_name else event.vm
+    what = vm or event.env or event.host or "-"
+    return (age(event.last_seen), event.type, event.reason, what, f"{event.message}{times}")
 
 
 def image_rows(images: Iterable[ImageInfo]) -> list[Row]:
