@@ -5,6 +5,7 @@ from __future__ import annotations
 from tornado.web import Application
 
 from agent import handlers
+from agent.disk_handler import DiskHandler
 from agent.handlers import Services, explain
 from specs import http
 
@@ -20,6 +21,7 @@ def make_app(services: Services, access: http.Access) -> Application:
             (vm, handlers.VmHandler),
             (rf"{vm}/spec", handlers.SpecHandler),
             (rf"{vm}/(?P<verb>stop|start)", handlers.PowerHandler),
+            (rf"{vm}/disk", DiskHandler),
             (r"/healthz", handlers.HealthHandler),
             (r"/readyz", handlers.ReadyHandler),
         ],

@@ -12,6 +12,7 @@ from agent.entry import Caller
 from agent.errors import AgentError
 from agent.host import HostFacts
 from agent.runtime import Outcome, Runtime
+from agent.transfers import Transfers
 from agent.watch import MAX_WAIT
 from specs.http import Failure, Handler
 from specs.names import ClusterId, check_name
@@ -45,6 +46,7 @@ class Services:
 
     runtime: Runtime
     facts: HostFacts
+    transfers: Transfers
 
 
 def explain(error: BaseException) -> Failure | None:

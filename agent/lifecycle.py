@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 
 from agent.engines.base import Engine
 from agent.entry import Entry
-from agent.errors import AgentError
-from agent.machine import Disk, DiskKind, Machine, Nic, Running
+from agent.errors import AgentError, Conflict, Unsupported
+from agent.machine import Disk, DiskKind, Machine, Nic, Running, StreamFormat
 from agent.network.base import Network
 from agent.records import Records, VmRecord, io_error
 from agent.rules import Rules
@@ -100,6 +101,8 @@ class Lifecycle:
         if isinstance(await engine.state(entry.id, entry.folder), Running):
             return
         if record.disk is not None and not record.disk.path.exists():
+            await self._storage.restore_disk(entry.id, entry.folder)
+        if record.disk is not None and not record.disk.path.exists():
             # A fresh clone here would pass for the old disk and hide that its contents are lost.
             raise AgentError(f"the disk {record.disk.path} of VM {entry.id} is gone; delete the VM and create it again")
         machine = await self._plug_in(entry, record, record.disk)
@@ -118,6 +121,24 @@ class Lifecycle:
             nic = await self._network.ensure(entry.id, record.lease, entry.engine)
             machine = entry.machine = self._machine(entry, nic, record.disk)
         await engine.stop(machine, grace)
+
+    async def export_disk(self, entry: Entry, target: Path) -> StreamFormat:
+        """Writes a stopped VM's disk to a new file. Raises Conflict while it runs, Unsupported if it has no disk."""
+        return await self._storage.export_disk(entry.id, entry.folder, await self._idle_disk(entry), target)
+
+    async def import_disk(self, entry: Entry, source: Path, format_: StreamFormat) -> None:
+        """Replaces a stopped VM's disk by what such a file holds. Raises as `export_disk`, ImageRefused, DoesNotFit."""
+        disk = await self._idle_disk(entry)
+        await self._storage.import_disk(entry.id, entry.folder, disk, _recorded(entry).request.disk, source, format_)
+
+    async def _idle_disk(self, entry: Entry) -> Disk:
+        """The disk, once it is certain that nothing runs on it: two writers would destroy it."""
+        record = _recorded(entry)
+        if record.disk is None:
+            raise Unsupported(f"VM {entry.id} has no disk of its own: engine {entry.engine} keeps its files")
+        if record.power != "stopped" or isinstance(await self.engine(entry).state(entry.id, entry.folder), Running):
+            raise Conflict(f"VM {entry.id} runs; stop it first")
+        return record.disk
 
     async def dismantle(self, entry: Entry) -> None:
         """Removes whatever any step may have made, in reverse. Addresses and ports may be given away afterwards."""

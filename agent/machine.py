@@ -64,6 +64,10 @@ without a format of its own, `rootfs` the root filesystem of a kernel-and-rootfs
 """
 
 
+StreamFormat = Literal["qcow2", "zfs"]
+"""How an exported disk is written: a flat qcow2 file, or the stream of zfs-send(8)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
     """A VM's own root disk. `path` is a file (`qcow2`, `raw`) or a block device (`raw`)."""

@@ -33,6 +33,7 @@ from agent.settings import AgentSettings
 from agent.storage.base import Storage
 from agent.storage.file import FileStorage
 from agent.storage.zvol import ZvolStorage
+from agent.transfers import Transfers
 from specs.http import Access, Listen, Server
 from specs.logs import set_up_logs
 from specs.names import Engine as EngineKind
@@ -124,11 +125,14 @@ class Agent:
             labels=settings.labels,
         )
         self._open.push_async_callback(self._leave_network, drivers)
-        server = Server.of(make_app(Services(self._runtime, facts), Access(key, listen.allowed_hosts())))
+        transfers = Transfers(self._runtime, settings.runtime_at)
+        server = Server.of(make_app(Services(self._runtime, facts, transfers), Access(key, listen.allowed_hosts())))
         self._open.push_async_callback(server.drain)
         self._open.push_async_callback(facts.close)
         self._open.push_async_callback(self._runtime.close)
         await self._runtime.start()
+        if self._records is None:
+            await transfers.clear()
         try:
             server.open(listen)
         except OSError as error:

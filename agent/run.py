@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import sh
 
@@ -21,12 +21,16 @@ DEFAULT_LIMIT = 60.0  # seconds
 
 async def run(
     *argv: str | Path,
-    stdin: str | bytes | None = None,
+    stdin: str | bytes | BinaryIO | None = None,
+    stdout: BinaryIO | None = None,
     limit: float = DEFAULT_LIMIT,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
     """Runs a command and returns its standard output as text.
+
+    An open file given as `stdin` or `stdout` becomes the command's own, so that streams of any length pass without being read
+    here; with `stdout` the text returned is empty.
 
     The command is killed, with everything in its session, when `limit` seconds pass or the caller is cancelled.
     `env` is added to this process's environment. Raises CommandFailed with the command's standard error.
@@ -40,6 +44,7 @@ async def run(
         "_in": stdin if stdin is not None else b"",
         "_env": {**os.environ, **env} if env else None,
         "_cwd": str(cwd) if cwd else None,
+        **({"_out": stdout} if stdout is not None else {}),
     }
     child = _Child()
     # A new thread every time: it is in the same network namespace as its caller, which a pool's thread need not be, and many

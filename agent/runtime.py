@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -19,6 +20,7 @@ from agent.entry import Caller, Entry, same_spec
 from agent.errors import Conflict, Unsupported
 from agent.inventory import Capacity, Inventory
 from agent.lifecycle import Gates, Lifecycle
+from agent.machine import StreamFormat
 from agent.network.base import Network
 from agent.network.pool import DEFAULT_PORT_RANGE
 from agent.operations import Operations
@@ -81,7 +83,7 @@ class Runtime:
         )
         self._rules = Rules(drivers.network, self._inventory.ruled_leases)
         gates = Gates(self._engines)
-        life = Lifecycle(
+        life = self._life = Lifecycle(
             store=store,
             engines=self._engines,
             storage=drivers.storage,
@@ -211,6 +213,27 @@ class Runtime:
             return self._inventory.shown(entry), "accepted"
         await self._operations.join(task, f"VM {entry.id} was deleted meanwhile")
         return self._inventory.shown(entry), "existing"
+
+    def check_disk_can_change(self, vm_id: str) -> None:
+        """Raises NotFound, or Conflict if the VM is not to be stopped: what is known without asking its engine."""
+        entry = self._inventory.find(vm_id)
+        self._check_settled(entry)
+        if entry.record is not None and entry.record.power != "stopped":
+            raise Conflict(f"VM {entry.id} runs; stop it first")
+
+    async def export_disk(self, vm_id: str, target: Path) -> StreamFormat:
+        """Writes a stopped VM's disk to a new file. Raises NotFound, Conflict, Unsupported, what the storage raises."""
+        entry = self._inventory.find(vm_id)
+        async with entry.lock:
+            self.check_disk_can_change(vm_id)
+            return await self._life.export_disk(entry, target)
+
+    async def import_disk(self, vm_id: str, source: Path, format_: StreamFormat) -> None:
+        """Replaces a stopped VM's disk by what such a file holds, whole or not at all. Raises as `export_disk`."""
+        entry = self._inventory.find(vm_id)
+        async with entry.lock:
+            self.check_disk_can_change(vm_id)
+            await self._life.import_disk(entry, source, format_)
 
     async def resync(self) -> None:
         """Looks at everything now instead of at the next round."""

@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from agent.errors import AgentError, CommandFailed, DoesNotFit
 from agent.run import run
@@ -72,6 +73,23 @@ async def zfs(*words: str, limit: float = 60) -> str:
     try:
         # The patterns above are the C locale's words.
         return await run("zfs", *words, limit=limit, env={"LC_ALL": "C"})
+    except CommandFailed as error:
+        raise meaning(error) from error
+
+
+async def send(snapshot: str, target: BinaryIO, limit: float) -> None:
+    """Writes the whole contents of a snapshot as a stream: blocks as they are on disk, compressed ones included (-c)."""
+    await _with_file("send", "-Lec", snapshot, stdout=target, limit=limit)
+
+
+async def receive(source: BinaryIO, dataset: str, properties: Mapping[str, str], limit: float) -> None:
+    """Makes a dataset of a stream. One that is cut short or damaged leaves nothing (zfs-receive(8))."""
+    await _with_file("recv", "-u", *_options(properties), dataset, stdin=source, limit=limit)
+
+
+async def _with_file(*words: str, stdin: BinaryIO | None = None, stdout: BinaryIO | None = None, limit: float) -> None:
+    try:
+        await run("zfs", *words, stdin=stdin, stdout=stdout, limit=limit, env={"LC_ALL": "C"})
     except CommandFailed as error:
         raise meaning(error) from error
 

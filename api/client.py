@@ -108,6 +108,7 @@ class Client:
             transport=transport,
         )
         self._has_key = bool(api_key)
+        self.api_key = api_key
         self._streaming: socket.socket | None = None
 
     def __enter__(self) -> Self:

@@ -233,6 +233,7 @@ class Handler(RequestHandler):
     """
 
     needs_key: ClassVar[bool] = True
+    max_body: int = MAX_BODY
     _METHODS: ClassVar[tuple[str, ...]] = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
     def initialize(self) -> None:
@@ -268,7 +269,7 @@ class Handler(RequestHandler):
         # The connection's own limit would answer outside the envelope.
         cast(HTTP1Connection, self.request.connection).set_max_body_size(2**62)
         announced = self.request.headers.get("Content-Length", "")
-        if announced.isascii() and announced.isdigit() and int(announced[:19]) > MAX_BODY:
+        if announced.isascii() and announced.isdigit() and int(announced[:19]) > self.max_body:
             self._refuse_size()
             waits = self.request.headers.get("Expect", "").lower() == "100-continue"
             if waits or int(announced[:19]) > _MAX_DRAIN:
@@ -277,7 +278,7 @@ class Handler(RequestHandler):
     def data_received(self, chunk: bytes) -> None:
         """Collects the body, unless it is refused already."""
         self._received += len(chunk)
-        if self._received > MAX_BODY:
+        if self._received > self.max_body:
             self._refuse_size()
         if self._refusal is None:
             self.raw += chunk
@@ -287,7 +288,7 @@ class Handler(RequestHandler):
     def _refuse_size(self) -> None:
         self.raw.clear()
         if self._refusal is None or self._refusal.status != 401:
-            self._refusal = Failure(413, "too_large", f"the body must be at most {MAX_BODY} bytes")
+            self._refusal = Failure(413, "too_large", f"the body must be at most {self.max_body} bytes")
 
     async def _serve(self, **where: str) -> None:
         if self._finished:

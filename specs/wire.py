@@ -15,6 +15,8 @@ U32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 CLUSTER_HEADER = "X-Muster-Cluster"
 TERM_HEADER = "X-Muster-Term"
+DISK_FORMAT_HEADER = "X-Muster-Disk-Format"
+DISK_TYPE = "application/octet-stream"
 
 
 class Message(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from agent.machine import Disk, DiskKind, Probe
+from agent.machine import Disk, DiskKind, Probe, StreamFormat
 from specs.names import Storage as StorageKind
 from specs.names import VmId
 
@@ -38,6 +38,27 @@ class Storage(Protocol):
         An image larger than `size_mib` is refused. Raises ImageMissing, ImageRefused, DoesNotFit, AgentError. Safe to repeat
         after a cut-off: a half-made clone is never taken for a disk.
         """
+        ...
+
+    async def export_disk(self, vm_id: VmId, folder: Path, disk: Disk, target: Path) -> StreamFormat:
+        """Writes the contents of a disk that nobody uses to the new file `target`, complete in itself, and says in what format.
+
+        A `qcow2` file has no backing file; a `zfs` one is the stream of zfs-send(8). Raises DoesNotFit, AgentError.
+        """
+        ...
+
+    async def import_disk(
+        self, vm_id: VmId, folder: Path, disk: Disk, size_mib: int, source: Path, format_: StreamFormat
+    ) -> None:
+        """Replaces the contents of a disk that nobody uses by what `export_disk` of any agent wrote, grown to `size_mib`.
+
+        It happens whole or not at all. Raises ImageRefused for a file that is not of its format, opens other files, is larger
+        than `size_mib` or of a format this storage cannot read; DoesNotFit; AgentError.
+        """
+        ...
+
+    async def restore_disk(self, vm_id: VmId, folder: Path) -> None:
+        """Puts right what an `import_disk` that was cut off left. Called before a boot that finds no disk."""
         ...
 
     async def remove_disk(self, vm_id: VmId, folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.errors import DoesNotFit, ImageMissing, ImageRefused
 from agent.faults import Faults
-from agent.machine import Disk, DiskKind, Probe, Usable
+from agent.machine import Disk, DiskKind, Probe, StreamFormat, Usable
 from specs.names import Storage as StorageKind
 from specs.names import VmId
 
@@ -80,6 +81,24 @@ class FakeStorage:
 
     def _images(self, kind: DiskKind) -> dict[str, int]:
         return self.world.rootfs_images if kind == "rootfs" else self.world.images
+
+    async def export_disk(self, vm_id: VmId, folder: Path, disk: Disk, target: Path) -> StreamFormat:
+        """Writes the name of the image."""
+        await self.world.faults.reach("export_disk", vm_id)
+        await asyncio.to_thread(target.write_text, self.world.disks[vm_id].image)
+        return "qcow2"
+
+    async def import_disk(
+        self, vm_id: VmId, folder: Path, disk: Disk, size_mib: int, source: Path, format_: StreamFormat
+    ) -> None:
+        """Takes the file's text for the name of the image."""
+        await self.world.faults.reach("import_disk", vm_id)
+        if format_ != "qcow2":
+            raise ImageRefused(f"this storage cannot read a disk as {format_}")
+        self.world.disks[vm_id] = FakeDisk(await asyncio.to_thread(source.read_text), size_mib, whole=True)
+
+    async def restore_disk(self, vm_id: VmId, folder: Path) -> None:
+        """Imports happen at once."""
 
     async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
         """Forgets the disk."""

@@ -4,9 +4,11 @@ Called by the runtime. With datasets IMAGES and RUNTIME:
 
 - `IMAGES/NAME` is the image NAME, read-only, with the snapshot `@base`. It is made from the file of that name in the image
   folder when first used, and made anew when the file has changed. A volume somebody put there (zfs recv) is used as it is.
-- `IMAGES/NAME:old-…` is what such an image was before; it goes with the last VM that stands on it.
+- `IMAGES/NAME:old-…` is what such an image was before; it goes with the last VM that stands on it. No name of an image or VM
+  can hold a colon, so nothing is ever taken for something else.
 - `RUNTIME/VM` is a VM's disk. User properties name whose it is: `muster:vm`, `muster:cluster`, `muster:image`.
-- `….:new` is half-made. No name of an image or VM can hold a colon, so nothing is ever taken for something else.
+- A volume with the property `muster:making` is half-made. It bears its final name from the start, since the link to its device
+  does not follow when a volume is renamed.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import structlog
 from agent import zfs
 from agent.errors import AgentError, CommandFailed, Conflict, DoesNotFit, ImageMissing, ImageRefused
 from agent.images.catalogue import ImageFile, find_image, inspect, list_images
-from agent.machine import Disk, DiskKind, Probe, Unusable, Usable
+from agent.machine import Disk, DiskKind, Probe, StreamFormat, Unusable, Usable
 from agent.run import run
 from agent.storage.rootfs import grow_filesystem
+from agent.storage.streams import check_stream
 from specs.names import Storage as StorageKind
 from specs.names import VmId
 
@@ -35,15 +38,18 @@ log = structlog.get_logger(__name__)
 
 MIB = 1024 * 1024
 BASE = "@base"
-NEW = ":new"
 OLD = ":old-"
+COMING = ":import"
+GOING = ":replaced"
 VM = "muster:vm"
 CLUSTER = "muster:cluster"
 IMAGE = "muster:image"
+MAKING = "muster:making"
 SOURCE = "muster:source"
 # The guest's partitions are no business of the host: without `dev` it would read their tables and make nodes for them.
 _VOLMODE = {"volmode": "dev"}
 _IMPORT_LIMIT = 3600.0  # seconds; a large image on a slow disk
+_STREAM_LIMIT = 3600.0
 _TRIES = 3  # of cloning, should the image be replaced in between
 
 
@@ -101,17 +107,87 @@ class ZvolStorage:
                         raise
         return Disk(await zfs.device_of(disk, self._devices), "raw")
 
+    async def export_disk(self, vm_id: VmId, folder: Path, disk: Disk, target: Path) -> StreamFormat:
+        """Writes the stream of a snapshot that is taken for it and removed again."""
+        dataset = f"{self._runtime}/{vm_id}"
+        await self._drop_snapshots(dataset)
+        snapshot = f"{dataset}@export"
+        await zfs.zfs("snapshot", snapshot)
+        try:
+            with target.open("wb") as file:
+                await zfs.send(snapshot, file, _STREAM_LIMIT)
+        finally:
+            await zfs.destroy(snapshot)
+        return "zfs"
+
+    async def import_disk(
+        self, vm_id: VmId, folder: Path, disk: Disk, size_mib: int, source: Path, format_: StreamFormat
+    ) -> None:
+        """Makes a second volume `RUNTIME/<vm_id>:import` and lets it take the first one's place."""
+        await self.restore_disk(vm_id, folder)
+        name = f"{self._runtime}/{vm_id}"
+        found = await zfs.facts(name, CLUSTER, IMAGE, "origin")
+        if found is None:
+            raise AgentError(f"the disk {name} of VM {vm_id} is gone; delete the VM and create it again")
+        coming = name + COMING
+        # No device for what may still be refused, and none whose link would have to follow the rename.
+        properties = {VM: vm_id, CLUSTER: found[CLUSTER], IMAGE: found[IMAGE], "readonly": "off", "volmode": "none"}
+        try:
+            if format_ == "zfs":
+                with source.open("rb") as file:
+                    await zfs.receive(file, coming, properties, _STREAM_LIMIT)
+            else:
+                await check_stream(source, format_, size_mib)
+                await zfs.create_volume(coming, size_mib * MIB, {**properties, **_VOLMODE})
+                await self._fill(source, "qcow2", coming)
+            await self._drop_snapshots(coming)
+            got = await zfs.facts(coming, "type", "volsize")
+            if got is None or got["type"] != "volume":
+                raise ImageRefused("what was sent is the stream of a filesystem, not of a disk")
+            if int(got["volsize"]) > size_mib * MIB:
+                mib = -(-int(got["volsize"]) // MIB)
+                raise ImageRefused(f"the disk sent is {mib} MiB large and does not fit this VM's disk of {size_mib} MiB")
+            await zfs.zfs("set", f"volsize={size_mib * MIB}", "refreservation=none", "volmode=none", coming)
+            await zfs.patiently("rename", name, name + GOING)
+        except BaseException:
+            with contextlib.suppress(AgentError):
+                await zfs.destroy(coming)
+            raise
+        await zfs.patiently("rename", coming, name)
+        await zfs.zfs("set", "volmode=dev", name)
+        await self._destroy_unchained(name + GOING)
+        await self._collect(found["origin"].partition("@")[0])
+        await zfs.device_of(name, self._devices)
+
+    async def restore_disk(self, vm_id: VmId, folder: Path) -> None:
+        """Brings an import to its end, or takes it back, by what there is."""
+        name = f"{self._runtime}/{vm_id}"
+        there, coming, going = [await zfs.facts(f"{name}{suffix}", VM, "volmode") for suffix in ("", COMING, GOING)]
+        if there is None and going is not None:
+            await zfs.patiently("rename", name + (COMING if coming else GOING), name)
+            there, coming = {VM: vm_id, "volmode": "none"}, None
+        if coming is not None:
+            await zfs.destroy(name + COMING)
+        if there is None:
+            return
+        await self._destroy_unchained(name + GOING)
+        if there["volmode"] == "none":
+            await zfs.zfs("set", "volmode=dev", name)
+            await zfs.device_of(name, self._devices)
+
+    async def _drop_snapshots(self, dataset: str) -> None:
+        for (snapshot,) in await zfs.table("snapshot", dataset, "name"):
+            await zfs.destroy(snapshot)
+
     async def remove_disk(self, vm_id: VmId, folder: Path) -> None:
         """Destroys the volume, whole or half-made, and an outdated image that nothing else stands on."""
-        origins = set()
-        for dataset in (f"{self._runtime}/{vm_id}", f"{self._runtime}/{vm_id}{NEW}"):
-            found = await zfs.facts(dataset, VM, "origin")
+        for suffix in (COMING, GOING, ""):
+            disk = f"{self._runtime}/{vm_id}{suffix}"
+            found = await zfs.facts(disk, VM, "origin")
             if found is None or found[VM] != vm_id:
                 continue  # another's dataset: it was refused as a disk, and nothing of ours is in it
-            origins.add(found["origin"].partition("@")[0])
-            await self._destroy_unchained(dataset)
-        for origin in origins:
-            await self._collect(origin)
+            await self._destroy_unchained(disk)
+            await self._collect(found["origin"].partition("@")[0])
 
     async def remove_image(self, name: str) -> None:
         """Removes an image: its file and its volume. Raises ImageMissing, and Conflict that names the VMs standing on it."""
@@ -146,8 +222,11 @@ class ZvolStorage:
 
     async def _is_there(self, vm_id: VmId) -> bool:
         disk = f"{self._runtime}/{vm_id}"
-        found = await zfs.facts(disk, "type", VM)
+        found = await zfs.facts(disk, "type", VM, MAKING)
         if found is None:
+            return False
+        if found[VM] == vm_id and found[MAKING] != "-":
+            await zfs.destroy(disk)
             return False
         if found["type"] != "volume" or found[VM] != vm_id:
             raise AgentError(
@@ -163,14 +242,17 @@ class ZvolStorage:
             raise ImageRefused(
                 f"image {image} is {needed} MiB large and does not fit a disk of {size_mib} MiB; ask for disk: {needed}"
             )
-        new = disk + NEW
-        await zfs.destroy(new)
-        await zfs.clone(base + BASE, new, {VM: vm_id, CLUSTER: cluster or "-", IMAGE: image, "readonly": "off", **_VOLMODE})
-        if size_mib * MIB > base_size:
-            await zfs.zfs("set", f"volsize={size_mib * MIB}", new)
-        if kind == "rootfs":
-            await grow_filesystem(await zfs.device_of(new, self._devices), image)
-        await zfs.patiently("rename", new, disk)
+        properties = {VM: vm_id, CLUSTER: cluster or "-", IMAGE: image, MAKING: "yes", "readonly": "off", **_VOLMODE}
+        await zfs.clone(base + BASE, disk, properties)
+        try:
+            if size_mib * MIB > base_size:
+                await zfs.zfs("set", f"volsize={size_mib * MIB}", disk)
+            if kind == "rootfs":
+                await grow_filesystem(await zfs.device_of(disk, self._devices), image)
+            await zfs.zfs("inherit", MAKING, disk)
+        except AgentError:
+            await zfs.destroy(disk)
+            raise
 
     async def _base(self, image: str, kind: DiskKind) -> tuple[str, int]:
         """The image's dataset, with its snapshot made, and its size in bytes."""
@@ -178,7 +260,7 @@ class ZvolStorage:
         file = await asyncio.to_thread(find_image, self._image_dir, image)
         if file is not None and not _suits(file, kind):
             file = None
-        found = await zfs.facts(dataset, "type", "volsize", SOURCE)
+        found = await zfs.facts(dataset, "type", "volsize", SOURCE, MAKING)
         if found is not None and found["type"] != "volume":
             raise ImageRefused(f"image {image}: {dataset} is a {found['type']}, not a volume")
         if found is None or found[SOURCE] != "-" or kind == "rootfs":  # ours, so the file decides
@@ -188,7 +270,7 @@ class ZvolStorage:
                     f"image {image} is neither in {self._image_dir} nor in {self._images} (there: {have}); "
                     "put it there or build it"
                 )
-            if found is None or found[SOURCE] != _identity(file):
+            if found is None or found[SOURCE] != _identity(file) or found[MAKING] != "-":
                 await self._import(file, dataset)
                 found = await zfs.facts(dataset, "volsize")
                 if found is None:
@@ -203,26 +285,22 @@ class ZvolStorage:
         source = file.path / "rootfs.ext4" if file.format == "firecracker" else file.path
         async with _holding(source):
             identity = _identity(file)
-            found = await zfs.facts(dataset, SOURCE)
-            if found is not None and found[SOURCE] == identity:
+            found = await zfs.facts(dataset, SOURCE, MAKING)
+            if found is not None and found[SOURCE] == identity and found[MAKING] == "-":
                 return
             format_: Literal["qcow2", "raw"] = "qcow2" if file.format == "qcow2" else "raw"
             size = -(-(await inspect(source, format_)).virtual_size // MIB) * MIB
-            new = dataset + NEW
-            await zfs.destroy(new)
-            try:
-                await zfs.create_volume(new, size, {IMAGE: file.name, SOURCE: identity, **_VOLMODE})
-                await self._fill(source, format_, new)
-                await zfs.zfs("snapshot", new + BASE)
-                await zfs.zfs("set", "readonly=on", new)
-            except BaseException:
-                # What is left of an agent that was killed here is removed by the next import.
-                with contextlib.suppress(AgentError):
-                    await zfs.destroy(new)
-                raise
             if found is not None:
                 await self._retire(dataset)
-            await zfs.patiently("rename", new, dataset)
+            await zfs.create_volume(dataset, size, {IMAGE: file.name, SOURCE: identity, MAKING: "yes", **_VOLMODE})
+            try:
+                await self._fill(source, format_, dataset)
+                await zfs.zfs("snapshot", dataset + BASE)
+                await zfs.zfs("set", "readonly=on", dataset)
+                await zfs.zfs("inherit", MAKING, dataset)
+            except AgentError:
+                await zfs.destroy(dataset)
+                raise
             log.info("image_imported", image=file.name, dataset=dataset, mib=size // MIB)
 
     async def _fill(self, file: Path, format_: str, volume: str) -> None:

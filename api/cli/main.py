@@ -16,6 +16,7 @@ from api.cli.get import get
 from api.cli.host import adopt, host
 from api.cli.image import image
 from api.cli.serve import agent, controller, up
+from api.cli.vm import vm
 
 _USAGE = 2
 _INTERRUPTED = 130
@@ -25,7 +26,7 @@ class _Sections(click.Group):
     """Lists commands by what people want to do."""
 
     SECTIONS = (
-        ("Ask for machines", (apply, delete, stop, start)),
+        ("Ask for machines", (apply, delete, stop, start, vm)),
         ("See what there is", (get, describe, events, wait)),
         ("Run the cloud", (up, controller, agent, host, adopt, image)),
     )

@@ -51,7 +51,7 @@ class ZvolRig(StorageRig):
         other = VmId("half")
         await storage.ensure_disk(other, self.folder(other), "base", 64)
         await storage.remove_disk(other, self.folder(other))
-        await zfs.clone(f"{self.images}/base@base", f"{self.runtime}/{vm_id}:new", {"muster:vm": vm_id})
+        await zfs.clone(f"{self.images}/base@base", f"{self.runtime}/{vm_id}", {"muster:vm": vm_id, "muster:making": "yes"})
 
     async def remains(self, vm_id: VmId) -> list[str]:
         names = [name for (name,) in await zfs.table("all", self.runtime, "name", depth=9)]
