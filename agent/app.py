@@ -8,9 +8,10 @@ from agent import handlers
 from agent.disk_handler import DiskHandler
 from agent.handlers import Services, explain
 from specs import http
+from specs.serving import Access
 
 
-def make_app(services: Services, access: http.Access) -> Application:
+def make_app(services: Services, access: Access) -> Application:
     """Every path the agent serves."""
     vm = r"/api/vms/(?P<vm_id>[^/]+)"
     return http.application(

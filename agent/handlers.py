@@ -14,7 +14,8 @@ from agent.host import HostFacts
 from agent.runtime import Outcome, Runtime
 from agent.transfers import Transfers
 from agent.watch import MAX_WAIT
-from specs.http import Failure, Handler
+from specs.failures import Failure
+from specs.http import Handler
 from specs.names import ClusterId, check_name
 from specs.operations import Param, operation
 from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, CreateVmReq, CreateVmResp
@@ -183,6 +184,7 @@ class VmHandler(AgentHandler):
 class SpecHandler(AgentHandler):
     """GET /api/vms/{id}/spec"""
 
+    @operation(gives=CreateVmReq, fails=(404, 409))
     async def on_get(self, vm_id: str) -> None:
         """The CreateVmReq the VM was made from, so that a controller that lost its records can take the VM over."""
         self.reply(self.runtime.spec(vm_id).wire())

@@ -34,10 +34,10 @@ from agent.storage.base import Storage
 from agent.storage.file import FileStorage
 from agent.storage.zvol import ZvolStorage
 from agent.transfers import Transfers
-from specs.http import Access, Listen, Server
 from specs.logs import set_up_logs
 from specs.names import Engine as EngineKind
 from specs.names import Storage as StorageKind
+from specs.serving import Access, Listen, Server
 
 log = structlog.get_logger(__name__)
 

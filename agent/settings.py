@@ -14,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from agent.errors import AgentError
 from agent.network.pool import DEFAULT_PORT_RANGE, DEFAULT_SUBNET
 from specs.desired import Label
-from specs.http import Listen
 from specs.names import EngineName, Name, Storage, StorageName
+from specs.serving import Listen
 
 _ROOT_DATA = Path("/var/lib/muster")
 _MIN_KEY = 8

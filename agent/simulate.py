@@ -30,9 +30,9 @@ from agent.records import Loaded, Terms, VmRecord
 from agent.runtime import Drivers
 from agent.settings import AgentSettings, listed
 from agent.storage.fake import FakeDisks, FakeStorage
-from specs.http import Listen
 from specs.logs import set_up_logs
 from specs.names import Engine, Name, VmId, check_name
+from specs.serving import Listen
 
 _CPU, _MEM, _DISK = 64, 256 * 1024, 4 * 1024 * 1024  # of a host, in vCPUs and MiB, where nothing else is said
 _ENGINES = (Engine.QEMU, Engine.FIRECRACKER, Engine.DOCKER)

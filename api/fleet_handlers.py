@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from api.handlers import ApiHandler
+from api.base import ApiHandler
 from reconciler.core.events import select
 from reconciler.events import KEPT
 from specs.desired import AdoptReq
-from specs.http import Failure
-from specs.wire import UnknownVm
+from specs.operations import Param, operation
+from specs.wire import EnvDetail, Event, Host, UnknownVm
 
 EVENTS_TOLD = 500  # unless `limit` says otherwise
 
@@ -18,34 +17,41 @@ EVENTS_TOLD = 500  # unless `limit` says otherwise
 class Events(ApiHandler):
     """/api/events"""
 
+    @operation(
+        gives=tuple[Event, ...],
+        query=(
+            Param("env", "Only of this environment."),
+            Param("host", "Only of this host, by id or address as the event names it."),
+            Param("vm", "Only of this VM, by id or name."),
+            Param(
+                "since", "The first ones after this revision; the latest ones if left out.", kind="integer", says="a revision"
+            ),
+            Param(
+                "limit",
+                f"At most so many, {EVENTS_TOLD} if left out.",
+                kind="integer",
+                says=f"a number, at most {KEPT} events are kept",
+            ),
+        ),
+    )
     async def on_get(self) -> None:
-        """What happened, oldest first: `?env= &host= &vm= &since=<revision> &limit=`; `vm` is an id or a name.
-
-        Without `since` the latest ones, with it the first after that revision.
-        """
+        """What happened, oldest first."""
+        asked = self.asked
         found = select(
             self.controller.fleet.events,
-            env=self.get_query_argument("env", ""),
-            host=self.get_query_argument("host", ""),
-            vm=self.get_query_argument("vm", ""),
-            since=self._number("since", None),
-            limit=self._number("limit", EVENTS_TOLD) or 0,
+            env=asked.get("env", ""),
+            host=asked.get("host", ""),
+            vm=asked.get("vm", ""),
+            since=asked.get("since"),
+            limit=asked.get("limit", EVENTS_TOLD),
         )
         self.reply([self.views.event(event) for event in found])
-
-    def _number(self, name: str, default: int | None) -> int | None:
-        asked = self.get_query_argument(name, None)
-        if asked is None:
-            return default
-        if not re.fullmatch(r"\d{1,18}", asked):
-            what = "a revision" if name == "since" else f"a number, at most {KEPT} events are kept"
-            raise Failure(400, "invalid", f"{name} must be {what}")
-        return int(asked)
 
 
 class HostDrain(ApiHandler):
     """/api/hosts/{id}/drain; …/uncordon takes it back"""
 
+    @operation(gives=Host, fails=(404, 422, 503))
     async def on_post(self, host_id: str) -> None:
         """Records that the host's VMs are to be moved elsewhere; asked again, it changes nothing. Answers the host."""
         self.no_body()
@@ -56,6 +62,7 @@ class HostDrain(ApiHandler):
 class HostUnknown(ApiHandler):
     """/api/hosts/{id}/unknown"""
 
+    @operation(gives=tuple[UnknownVm, ...], fails=(404,))
     async def on_get(self, host_id: str) -> None:
         """What the host has and nobody recorded, as it reported last."""
         found = self.controller.quarantine.unknown(host_id)
@@ -65,6 +72,7 @@ class HostUnknown(ApiHandler):
 class HostUnknownVm(ApiHandler):
     """/api/hosts/{id}/unknown/{vm_id}"""
 
+    @operation(fails=(404, 409, 422, 503))
     async def on_delete(self, host_id: str, vm_id: str) -> None:
         """Records that nothing of the VM may be left."""
         self.no_body()
@@ -75,6 +83,7 @@ class HostUnknownVm(ApiHandler):
 class HostUnknownAdopt(ApiHandler):
     """/api/hosts/{id}/unknown/{vm_id}/adopt"""
 
+    @operation(takes=AdoptReq, gives=EnvDetail, fails=(404, 409, 422, 503))
     async def on_post(self, host_id: str, vm_id: str) -> None:
         """Records the VM as part of an environment. Answers the environment."""
         wish = self.read(AdoptReq)

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 
 import structlog
 
-from api import fleet_handlers
-from api.handlers import ROUTES, explain
+from api.base import explain
 from api.hub import Hub
+from api.routes import ROUTES
 from api.settings import ControllerSettings, SettingsError
 from api.views import Views
 from reconciler.loop.controller import Controller
 from reconciler.loop.watchers import WatchSettings
 from reconciler.store.database import Database
 from reconciler.store.marker import STORE, check_marker, write_marker
-from specs.http import Access, Listen, Server, application
+from specs.http import application
 from specs.logs import set_up_logs
+from specs.serving import Access, Listen, Server
 
 log = structlog.get_logger()
 
@@ -66,8 +67,7 @@ class ControllerApp:
         write_marker(settings.data_dir, fleet.cluster)
         views = Views(fleet, self.controller.clock)
         self.hub = Hub(fleet, views, self.controller.term)
-        routes = [*ROUTES, *fleet_handlers.ROUTES]
-        app = application(routes, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
+        app = application(ROUTES, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
         self.server = Server.of(app)
 
     async def start(self) -> str:

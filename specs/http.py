@@ -1,4 +1,4 @@
-"""The plumbing every HTTP endpoint shares: envelope, key, Host check, body cap, validation, time-outs.
+"""The plumbing every HTTP endpoint shares: envelope, key and Host check, body cap, query and body validation.
 
 Knows tornado and pydantic, nothing of agents or VMs. Every answer under `/api/` is `{"ok": true, …}` or
 `{"ok": false, "error": sentence, "code": slug}`, whatever goes wrong.
@@ -6,201 +6,30 @@ Knows tornado and pydantic, nothing of agents or VMs. Every answer under `/api/`
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import http.client
-import ipaddress
 import re
-import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
 
 import orjson
 import structlog
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from tornado.http1connection import HTTP1Connection
-from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
 from tornado.web import Application, Finish, HTTPError, RequestHandler, stream_request_body
 
 from specs import strict_json
+from specs.failures import Explain, Failure, invalid
 from specs.operations import BadParameter, Operation
+from specs.serving import MAX_DRAIN, Access
 
 log = structlog.get_logger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BODY = 1024 * 1024  # bytes
-_MAX_DRAIN = 8 * 1024 * 1024  # bytes read and thrown away so that the client gets to see the 413
-_MAX_HEADERS = 32 * 1024
-_TIMEOUT = 10.0  # seconds for the headers of a request (idle time included), and again for its body
-_MAX_CONNECTIONS = 2048
-_FAREWELL = 0.5  # seconds for requests under way when the server ends
-_SHOWN_ERRORS = 20
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _NOTHING = object()
 _TAG = r'(?:W/)?"[^"]*"'
-
-
-class Failure(Exception):
-    """An answer that is no success. `details` are `{"loc": "vms.0.cpu", "msg": "…"}`."""
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        details: tuple[dict[str, str], ...] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.details = details
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """The envelope."""
-        body: dict[str, Any] = {"ok": False, "error": self.message, "code": self.code}
-        return body | {"details": self.details} if self.details else body
-
-
-Explain = Callable[[BaseException], Failure | None]
-"""Turns an application's own exceptions into failures; None for what it does not know."""
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who may call. Without a `key` everybody may; without `hosts` any Host header will do (lower case, without port)."""
-
-    key: bytes | None = None
-    hosts: frozenset[str] | None = None
-
-    def check_key(self, authorization: str) -> None:
-        """Raises Failure 401 unless the header is `Bearer <key>`; takes the same time however much of it is right."""
-        if self.key is None:
-            return
-        scheme, _, given = authorization.partition(" ")
-        if not hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.key) or scheme.lower() != "bearer":
-            raise Failure(
-                401,
-                "unauthorized",
-                "a valid API key is required: send it as 'Authorization: Bearer <key>'",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    def check_host(self, host: str) -> None:
-        """Raises Failure 403 on a name a web page could have pointed at this machine (DNS rebinding)."""
-        if self.hosts is not None and _without_port(host) not in self.hosts:
-            raise Failure(403, "host_not_allowed", f"this server answers to {', '.join(sorted(self.hosts))} only")
-
-
-def _without_port(host: str) -> str:
-    match = re.fullmatch(r"\[([^\]]*)\](?::\d*)?|([^:]*)(?::\d*)?", host)
-    return ((match[1] if match[1] is not None else match[2]) if match else host).lower()
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """Where a server listens. Port 0 takes a free one."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Listen:
-        """Reads `host:port`, `[ipv6]:port` or `:port` (every address). Raises ValueError."""
-        match = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<plain>[^\[\]:]*)):(?P<port>[0-9]{1,5})", text)
-        if not match or int(match["port"]) > 65535:
-            raise ValueError(f"{text!r} must be host:port, such as 127.0.0.1:9100")
-        return cls(match["six"] or match["plain"] or "0.0.0.0", int(match["port"]))  # noqa: S104 `:port` asks for it
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it. A name other than localhost may resolve to anything, so it is not."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def allowed_hosts(self) -> frozenset[str] | None:
-        """The Host names to accept: on loopback a fixed few, elsewhere any (a key is needed there)."""
-        return _LOOPBACK_NAMES | {self.host.lower()} if self.is_loopback else None
-
-    def check_access(self, *, has_key: bool, insecure: bool) -> None:
-        """Raises ValueError for a server that anybody on the network could command."""
-        if not self.is_loopback and not has_key and not insecure:
-            raise ValueError(
-                f"refusing to listen on {self.host}:{self.port} without an API key, because everybody who reaches it could "
-                "run machines here; give a key, listen on 127.0.0.1, or spell out --insecure-no-auth"
-            )
-
-
-class Server(HTTPServer):
-    """An HTTP server with the caps and time-outs above. `url` is where it can be reached once `open` has returned."""
-
-    url: str
-    busy: WeakSet[RequestHandler]
-
-    @classmethod
-    def of(cls, app: Application) -> Server:
-        """A server for `app` that does not listen yet."""
-        server = cls(
-            app,
-            idle_connection_timeout=_TIMEOUT,
-            body_timeout=_TIMEOUT,
-            max_header_size=_MAX_HEADERS,
-            max_body_size=_MAX_DRAIN,
-        )
-        server.busy = app.settings["busy"]
-        return server
-
-    async def drain(self) -> None:
-        """Stops to listen, gives requests under way a moment to be answered, then closes every connection."""
-        self.stop()
-        deadline = asyncio.get_running_loop().time() + _FAREWELL
-        while self.busy and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 once per process, and bounded
-            await asyncio.sleep(0.005)
-        await self.close_all_connections()
-
-    def open(self, listen: Listen) -> None:
-        """Begins to serve. Raises OSError if the address cannot be had."""
-        sockets = _bind(listen)
-        port = sockets[0].getsockname()[1]
-        self.url = f"http://[{listen.host}]:{port}" if ":" in listen.host else f"http://{listen.host}:{port}"
-        self.add_sockets(sockets)
-
-    def handle_stream(self, stream: IOStream, address: Any) -> None:
-        """Refuses connections above the cap, so that idle ones cannot use up all file descriptors."""
-        if len(self._connections) >= _MAX_CONNECTIONS:
-            log.warning("too_many_connections", limit=_MAX_CONNECTIONS)
-            stream.close()
-            return
-        super().handle_stream(stream, address)
-
-
-def _bind(listen: Listen) -> list[socket.socket]:
-    """One listening socket for each address the name stands for, all on one port; none stays open if one fails."""
-    sockets: list[socket.socket] = []
-    found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
-        for family, address in dict.fromkeys((family, address[0]) for family, _, _, _, address in found):
-            port = sockets[0].getsockname()[1] if sockets else listen.port
-            made = socket.create_server((str(address), port), family=family, backlog=1024)
-            made.setblocking(False)
-            sockets.append(made)
-    except OSError:
-        for made in sockets:
-            made.close()
-        raise
-    return sockets
 
 
 def application(routes: list[Any], *, access: Access, explain: Explain, **settings: Any) -> Application:
@@ -228,7 +57,7 @@ def _log_request(handler: RequestHandler) -> None:
 class Handler(RequestHandler):
     """Base of all endpoints. A subclass has `on_get`, `on_post`, …; what it lacks answers 405.
 
-    The body is always read to its end before anything is answered, up to `_MAX_DRAIN`: a connection that is closed with
+    The body is always read to its end before anything is answered, up to `MAX_DRAIN`: a connection that is closed with
     unread data resets, and the client would never see why it was refused.
     """
 
@@ -272,7 +101,7 @@ class Handler(RequestHandler):
         if announced.isascii() and announced.isdigit() and int(announced[:19]) > self.max_body:
             self._refuse_size()
             waits = self.request.headers.get("Expect", "").lower() == "100-continue"
-            if waits or int(announced[:19]) > _MAX_DRAIN:
+            if waits or int(announced[:19]) > MAX_DRAIN:
                 raise cast(Failure, self._refusal)
 
     def data_received(self, chunk: bytes) -> None:
@@ -282,7 +111,7 @@ class Handler(RequestHandler):
             self._refuse_size()
         if self._refusal is None:
             self.raw += chunk
-        elif self._received > _MAX_DRAIN and not self._finished:
+        elif self._received > MAX_DRAIN and not self._finished:
             self._answer_failure(self._refusal)
 
     def _refuse_size(self) -> None:
@@ -425,44 +254,9 @@ class Unknown(Handler):
     get = head = post = put = patch = delete = options = _serve
 
 
-def invalid(error: ValidationError) -> Failure:
-    """422 with one sentence about the first mistake and every mistake's place in `details`."""
-    every = error.errors(include_url=False, include_context=False, include_input=False)
-    # Entries that failed do not count for pydantic, so a list of one bad entry is "too short" as well.
-    found = [item for item in every if item["type"] != "too_short" or not _has_inner(item, every)]
-    details = tuple(
-        {"loc": ".".join(str(part)[:100] for part in item["loc"])[:300], "msg": _plain(item["type"], item["msg"])}
-        for item in found[:_SHOWN_ERRORS]
-    )
-    first = details[0]
-    place = f"{first['loc']}: " if first["loc"] else ""
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return Failure(422, "invalid", f"{place}{first['msg']}{more}", details=details)
-
-
-def _has_inner(item: ErrorDetails, every: list[ErrorDetails]) -> bool:
-    depth = len(item["loc"])
-    return any(len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in every)
-
-
 def _sentence(error: HTTPError) -> str:
     text = error.log_message or ""
     return (text % error.args if error.args else text)[:500]
-
-
-def _plain(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "unknown field"
-    if kind == "missing":
-        return "is required"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return "must be a JSON object"
-    if kind == "tuple_type":
-        return "must be a list"
-    if kind == "too_short":
-        return "must have at least one entry"
-    plain = message.removeprefix("Value error, ").removeprefix("Input ")
-    return plain[:500].replace("should be", "must be", 1)
 
 
 def _encode(value: object) -> object:

@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from agent.main import Agent
-from specs.http import MAX_BODY, Access, Failure, Listen
+from specs.failures import Failure
+from specs.http import MAX_BODY
+from specs.serving import Access, Listen
 from tests.agent.runtime_rig import KEY, Rig, request, until
 from tests.agent.test_agent_api import BODY, Served, settings
 

@@ -79,6 +79,6 @@ async def test_watchers_get_every_event_the_log_has(tmp_path: Path) -> None:
 
 async def test_a_bad_number_is_refused_by_name(tmp_path: Path) -> None:
     async with FleetRig(tmp_path) as rig:
-        for query in ("since=soon", "limit=-1", "limit=all"):
+        for query in ("since=soon", "limit=-1", "limit=all", "hots=a"):
             answer = await rig.call("GET", f"/api/events?{query}")
             assert answer.status_code == 400 and answer.json()["error"].startswith(query.partition("=")[0])

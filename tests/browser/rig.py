@@ -17,7 +17,7 @@ from tornado.iostream import StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler, StaticFileHandler
 
-from api.handlers import ROUTES
+from api.site import ROUTES
 from specs.names import Engine, Storage
 from specs.wire import Condition, Env, Host, Resource, Vm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from api.handlers import STATIC
+from api.site import STATIC
 
 
 def test_vendored_modules_are_those_their_list_names() -> None:

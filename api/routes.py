@@ -1,0 +1,9 @@
+"""The controller's route table: every path it serves. Feeds the server and the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api import env_handlers, fleet_handlers, handlers, site
+
+ROUTES: list[Any] = [*handlers.ROUTES, *env_handlers.ROUTES, *fleet_handlers.ROUTES, *site.ROUTES]
