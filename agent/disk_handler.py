@@ -12,7 +12,7 @@ from agent.errors import AgentError
 from agent.handlers import AgentHandler, explain
 from agent.machine import StreamFormat
 from agent.transfers import CHUNK, Exported, Upload, digest_header, parse_digest
-from specs.http import Failure
+from specs.failures import Failure
 from specs.wire import DISK_FORMAT_HEADER, DISK_TYPE
 
 _PATIENCE = 6 * 3600.0  # seconds for the whole of a disk to arrive
