@@ -134,9 +134,11 @@ class Records(Protocol):
 
 
 def _can_be_a_vm(folder: Path) -> bool:
+    """A link may lead to a VM's folder that someone moved: such a VM may run, so it must not be called absent."""
     try:
         check_name(folder.name)
-        return stat.S_ISDIR(folder.lstat().st_mode)
+        kind = folder.lstat().st_mode
+        return stat.S_ISDIR(kind) or stat.S_ISLNK(kind)
     except ValueError:
         return False
     except OSError:  # it cannot be looked at, so it may well be one
@@ -183,6 +185,8 @@ class RecordStore:
                 found.strangers.append(folder.name)
                 continue
             try:
+                if folder.is_symlink():
+                    raise ValueError("its folder is a link; move the folder back to where the link is")
                 if self._is_unborn(folder):
                     shutil.rmtree(folder)
                     continue

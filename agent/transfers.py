@@ -1,4 +1,4 @@
-"""Disks on their way out of and into this host, as files in `<runtime>/.transfers`. Called by the handlers.
+"""Disks on their way out of and into this host, as files `<runtime>/.transfer-*`. Called by the handlers.
 
 A disk is first written whole and then sent, or received whole, checked against its digest and then taken: memory stays small
 whatever the size, and a transfer that breaks off leaves nothing. Knows nothing of HTTP.
@@ -21,7 +21,8 @@ from agent.machine import StreamFormat
 from agent.records import io_error
 from agent.runtime import Runtime
 
-FOLDER = ".transfers"
+PREFIX = ".transfer-"
+"""Of the names of files in the runtime folder that hold a disk under way."""
 CHUNK = 256 * 1024  # bytes
 
 
@@ -46,11 +47,11 @@ class Transfers:
 
     def __init__(self, runtime: Runtime, runtime_dir: Path) -> None:
         self._runtime = runtime
-        self._folder = runtime_dir / FOLDER
+        self._folder = runtime_dir
 
     async def clear(self) -> None:
         """Removes what an agent that was killed left. Called once, before requests are answered."""
-        await asyncio.to_thread(_empty, self._folder)
+        await asyncio.to_thread(_clear, self._folder)
 
     @contextlib.asynccontextmanager
     async def exported(self, vm_id: str) -> AsyncIterator[Exported]:
@@ -69,7 +70,7 @@ class Transfers:
         return Upload(self._runtime, vm_id, await self._new_file())
 
     async def _new_file(self) -> Path:
-        path = self._folder / secrets.token_hex(8)
+        path = self._folder / f"{PREFIX}{secrets.token_hex(8)}"
         try:
             await asyncio.to_thread(path.touch, 0o600)
         except OSError as error:
@@ -128,7 +129,6 @@ def _measure(path: Path) -> tuple[int, bytes]:
         return file.tell(), digest
 
 
-def _empty(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for file in folder.iterdir():
+def _clear(folder: Path) -> None:
+    for file in folder.glob(f"{PREFIX}*"):
         file.unlink()

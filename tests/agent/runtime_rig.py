@@ -18,7 +18,6 @@ from agent.network.fake import FakeHost, FakeNetwork
 from agent.records import TERMS, RecordStore
 from agent.runtime import Drivers, Runtime
 from agent.storage.fake import FakeDisks, FakeStorage
-from agent.transfers import FOLDER
 from specs.names import ClusterId, Engine, VmId
 from specs.wire import AgentVm, CreateVmReq
 
@@ -114,7 +113,7 @@ class Rig:
             "disks": sorted(self.disks.disks),
             "links": sorted(self.host.links),
             "rules": sorted(self.host.rules),
-            "folders": sorted(path.name for path in self.folder.iterdir() if not _is_kept(path)),
+            "folders": sorted(path.name for path in self.folder.iterdir() if path.name not in (".lock", TERMS)),
         }
 
     NOTHING = {"machines": [], "containers": [], "disks": [], "links": [], "rules": [], "folders": []}  # noqa: RUF012
@@ -135,8 +134,3 @@ async def reached(faults: Faults, step: str, vm_id: str = "") -> None:
 def outline(vm: AgentVm) -> tuple[str, str, str]:
     """(state, reason, step)."""
     return vm.state, vm.reason, vm.step
-
-
-def _is_kept(path: Path) -> bool:
-    """What a runtime folder has however empty its host is; a transfer that was left behind is no such thing."""
-    return path.name in (".lock", TERMS) or (path.name == FOLDER and not any(path.iterdir()))

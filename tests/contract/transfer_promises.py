@@ -87,7 +87,7 @@ class Host:
         return await asyncio.to_thread(call)
 
     def transfers(self) -> list[Path]:
-        return list((self.runtime_dir / ".transfers").iterdir())
+        return list(self.runtime_dir.glob(".transfer-*"))
 
 
 async def start_host(folder: Path, storage: Storage) -> Host:
@@ -185,7 +185,7 @@ class TransferPromises:
     async def test_what_a_killed_agent_left_of_transfers_is_removed(self, hosts: tuple[Host, Host]) -> None:
         here, _ = hosts
         await here.agent.stop()
-        (here.runtime_dir / ".transfers" / "left").write_bytes(b"half")
+        (here.runtime_dir / ".transfer-left").write_bytes(b"half")
         await here.agent.start()
         assert here.transfers() == []
 
