@@ -88,14 +88,23 @@ class ControllerApp:
         await self.server.drain()
 
 
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """What the process makes meanwhile is its user's alone: the database holds user data, which may hold secrets."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 async def serve(settings: ControllerSettings, *, ready: Callable[[str], None] = lambda _: None) -> None:
     """Runs a controller until SIGTERM, SIGINT or cancellation; `ready` gets its URL once it serves.
 
     Raises SettingsError, StoreCorrupt, StoreUnavailable.
     """
     set_up_logs()
-    os.umask(0o077)  # the database holds user data, which may hold secrets
-    with _alone(settings):
+    with _private_files(), _alone(settings):
         app = ControllerApp(settings)
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()

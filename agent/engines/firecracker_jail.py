@@ -163,7 +163,9 @@ class Jail:
                 _bring(source, root / name, uid if name in (DISK, SEED) else None)
             except OSError as error:
                 raise AgentError(f"{source} cannot be brought into the jail {root}: {error.strerror or error}") from error
-        (root / config[0]).write_text(json.dumps(config[1], indent=1) + "\n")
+        words = root / config[0]
+        words.write_text(json.dumps(config[1], indent=1) + "\n")
+        words.chmod(0o444)  # whatever the umask of the process
 
     def remove(self) -> None:
         """Removes the jail's folder; for a VM whose process is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,8 +17,13 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture
 def namespace() -> Iterator[None]:
-    with own_namespace():
-        yield
+    """With the umask an agent has in one process with a controller: nothing may rest on a wider one."""
+    before = os.umask(0o077)
+    try:
+        with own_namespace():
+            yield
+    finally:
+        os.umask(before)
 
 
 @pytest.fixture
