@@ -7,7 +7,7 @@ task of the agent's process, so that a kill leaves exactly what the machine had 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -146,6 +146,10 @@ class Agent:
         if self._polls and not self._is_settling:
             self._is_settling = True
             self._loop.call_later(SETTLE, self._let_go)
+
+    def is_busy(self, excepting: Collection[VmId]) -> bool:
+        """Whether it has begun something with a VM, those in `excepting` left out, and not ended it."""
+        return any(e.tasks or e.removal is not None for e in self.entries.values() if e.id not in excepting)
 
     # ---- what is asked for
 

@@ -132,6 +132,10 @@ class Network:
             outcome = _misread(fault.kind, host.addr, exchange.verb, outcome)
         loop.call_later(self._delay(host) + (fault.seconds if fault else 0.0), exchange.settle, outcome)
 
+    def is_served(self, agent: Agent) -> bool:
+        """Whether the agent works on a mutating request."""
+        return any(exchange.mutating for exchange in self._open.get(agent, ()))
+
     def agent_died(self, agent: Agent) -> None:
         """Its connections are reset."""
         for exchange in self._open.pop(agent, {}):

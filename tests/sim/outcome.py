@@ -84,6 +84,9 @@ def _drains_unsettled(world: World, mirror: Mirror) -> str:
 def _still_under_way(world: World, fleet: Fleet, process: Process, mirror: Mirror, excepting: AbstractSet[VmId]) -> str:
     if world.checks.calls_under_way(process) or world.network.under_way or world.users.pending:
         return "a call is still under way"
+    for agent in world.agents.values():
+        if agent.process.alive and (world.network.is_served(agent) or agent.is_busy(excepting)):
+            return f"the agent of {agent.host.name} is still at work"
     for vm in mirror.vms.values():
         if not vm.gone_at and vm.host_id and vm.id not in excepting and not fleet.status[vm.id].settled:
             return f"the controller does not take {vm.id} to be settled: {fleet.status[vm.id].message}"
@@ -121,7 +124,7 @@ def _vm_unsettled(world: World, mirror: Mirror, vm: VmIntent, hosts: dict[str, H
         return f"is not on {host.name}"
     if not record.complete or record.deleting:
         return f"is half made on {host.name}"
-    if state == "running" or (vm.spec.restart == "never" and state != "off"):
+    if state == "running" or (vm.spec.restart == "never" and (state != "off" or vm.id in world.start_failed)):
         return ""
     if state == "exited" and vm.spec.restart != "always":
         return ""

@@ -63,6 +63,8 @@ class World:
         self.engine_fails: Counter[str] = Counter()
         """How many times the next create, boot or removal on a host fails: "<step> <host>"."""
         self.strangers: set[VmId] = set()
+        self.start_failed: set[str] = set()
+        """VMs that have once failed to start: with `restart: never` they may stay so."""
         self.poisoned: set[str] = set()
         """VMs that have been seen to fail at every start."""
         self.hosts: list[Host] = []
@@ -156,6 +158,8 @@ class World:
         key = f"{step} {host.name}"
         if self.engine_fails[key] > 0:
             self.engine_fails[key] -= 1
+            if step == "boot":
+                self.start_failed.add(request.vm_id)
             self.injected(f"{step} fails", f"{request.vm_id} {host.name}")
             return f"the engine fails at {step}"
         if step == "boot" and request.image == "poison" and not self.is_cured:
