@@ -21,7 +21,8 @@ class Rules:
         self.applied: frozenset[VmId] = frozenset()
         """Whose leases the last successful round contained."""
         self.suspected: set[VmId] = set()
-        """Whose leases the host may hold: those, and what failed rounds since may have brought in all the same."""
+        """Whose leases the host may hold: those, what failed rounds since may have brought in all the same, and before the
+        first successful round what an earlier agent may have left in force."""
 
     async def apply(self) -> None:
         """Returns once a round that began after this call has succeeded; raises what `Network.apply` raised in it."""

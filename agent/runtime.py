@@ -116,6 +116,7 @@ class Runtime:
             log.warning("no_vm_passed_over", path=str(self._store.root / name))
         for record in loaded.records.values():
             self._inventory.take_over(record)
+        self._rules.suspected |= loaded.records.keys() | loaded.unreadable.keys()
         for engine in self._engines.values():
             engine.on_exit = self._exited
         self._operations.spawn(self._clear_trash(), "trash")

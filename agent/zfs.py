@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from agent.run import run
 DEVICES = Path("/dev/zvol")
 _PATIENCE = 15.0  # seconds for something else, mostly udev's look at a new device, to let go of a volume
 _LOOK_EVERY = 0.05
+_SETTLE_LIMIT = 10  # seconds
 # _IOR(0x12, 125, char[256]): which volume a Linux block device is (include/sys/fs/zfs.h).
 _BLKZNAME = 0x8100127D
 _NAME_LENGTH = 256
@@ -158,17 +160,29 @@ async def mounted_at(folder: Path) -> str | None:
 
 
 async def device_of(dataset: str, devices: Path = DEVICES, limit: float = 30.0) -> Path:
-    """The volume's device node, once it is there and leads to this volume. Raises AgentError if it does not come.
+    """The volume's device node, once it is there to stay and leads to this volume. Raises AgentError if it does not come.
 
-    On Linux udev makes the link some time after the volume; until then an old one may lead to another volume's device.
+    On Linux udev makes the link some time after the volume; until then an old one may lead to another volume's device. It may
+    also make it early, at an event of the volume that had the device's number before, and take it away with that one's end:
+    so it counts once udev has caught up with everything.
     """
     path = devices / dataset
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit):
-            while not await asyncio.to_thread(_is_of, path, dataset):  # noqa: ASYNC110 nothing announces a device node
+            while True:
+                if await asyncio.to_thread(_is_of, path, dataset):
+                    await _udev_settled()
+                    if await asyncio.to_thread(_is_of, path, dataset):
+                        return path
                 await asyncio.sleep(_LOOK_EVERY)
-            return path
     raise AgentError(f"the volume {dataset} is there, its device {path} is not (waited {limit:g} s); is udev running?")
+
+
+async def _udev_settled() -> None:
+    """Returns once udev has handled every event so far, or after some seconds: others' devices may keep it busy for long."""
+    if sys.platform == "linux" and shutil.which("udevadm"):
+        with contextlib.suppress(CommandFailed):
+            await run("udevadm", "settle", f"--timeout={_SETTLE_LIMIT}", limit=_SETTLE_LIMIT + 5)
 
 
 def _is_of(path: Path, dataset: str) -> bool:

@@ -129,6 +129,8 @@ class PfNetwork:
     def _refuse(self, found: Mapping[str, Interface]) -> None:
         site, expected = self._site, IPv4Interface((self.gateway, self.subnet.prefixlen))
         for link in found.values():
+            if self._is_a_vms(link):
+                continue  # a jail's end of an epair that came back when the jail ended, not configured by anybody
             for address in link.addresses:
                 if link.name == site.bridge and address != expected:
                     raise Conflict(f"bridge {site.bridge} has the address {address}; remove it or choose another --bridge")
@@ -200,8 +202,9 @@ class PfNetwork:
         """Replaces the anchor's rules, translations and tables. Raises Conflict, CommandFailed."""
         async with self._changing:
             found = await interfaces()
+            inside = {self.bridge, *(link.name for link in found.values() if self._is_a_vms(link))}
             outside = [link.name for link in found.values() if link.addresses and "LOOPBACK" not in link.flags]
-            text = render(self._site, leases, [name for name in outside if name != self.bridge])
+            text = render(self._site, leases, [name for name in outside if name not in inside])
             if text:
                 await self._pfctl("-f", "-", stdin=text)
             else:
@@ -228,10 +231,12 @@ class PfNetwork:
     async def _remove_strays(self, keep: frozenset[str]) -> tuple[str, ...]:
         removed = []
         for link in (await interfaces()).values():
-            is_ours = link.description.startswith(self._site.mark) and link.name != self.bridge
-            if is_ours and link.description not in keep and await destroy(link.name):
+            if self._is_a_vms(link) and link.description not in keep and await destroy(link.name):
                 removed.append(f"link {link.name}")
         return tuple(sorted(removed))
+
+    def _is_a_vms(self, link: Interface) -> bool:
+        return link.description.startswith(self._site.mark) and link.name != self.bridge
 
     def port_is_free(self, port: int) -> bool:
         """A forward takes packets for every local address, so nothing may listen on any; nor may another agent forward it."""

@@ -173,7 +173,7 @@ class ZvolStorage:
         await self._destroy_unchained(name + GOING)
         if there["volmode"] == "none":
             await zfs.zfs("set", "volmode=dev", name)
-            await zfs.device_of(name, self._devices)
+        await zfs.device_of(name, self._devices)
 
     async def _drop_snapshots(self, dataset: str) -> None:
         for (snapshot,) in await zfs.table("snapshot", dataset, "name"):

@@ -133,7 +133,5 @@ async def test_killed_between_commands_of_a_creation_or_removal_nothing_leaks(ho
         await host.cut(after, runtime.delete("vm-a", NOBODY))
         runtime = await host.boot()
         await until(lambda agent=runtime: not agent.list(), 60)
-        await host.kill()
-        await host.boot()
         assert host.traces() == host.NOTHING, after
         await host.kill()

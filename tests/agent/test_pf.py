@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -190,3 +191,18 @@ async def test_the_bridge_of_somebody_else_is_left_alone(freebsd: FreeBsd) -> No
         await network.setup()
     await network.teardown()
     assert freebsd.state["interfaces"] == before
+
+
+async def test_an_interface_that_a_dead_jail_gave_back_with_its_address_hinders_nothing(freebsd: FreeBsd) -> None:  # noqa: F811
+    network = PfNetwork(BRIDGE, SITE.subnet)
+    await network.setup()
+    vm, lease = VmId("gone"), Lease(SITE.gateway + 1, "52:54:00:00:00:01", {22: 20000}, False, "env")
+    nic = await network.ensure(vm, lease, Engine.JAIL)
+    assert nic.link is not None
+    with freebsd.changing() as host:
+        host["interfaces"][nic.link]["inet"] = [f"{lease.ip}/24"]
+    await network.setup()
+    await network.apply({VmId("other"): replace(lease, ip=lease.ip + 1)})
+    assert nic.link not in freebsd.state["pf"]["anchors"][SITE.anchor]
+    await network.teardown()
+    assert nic.link not in freebsd.links()

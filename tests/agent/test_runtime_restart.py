@@ -114,6 +114,19 @@ async def test_a_removal_cut_off_at_any_step_is_finished(rig: Rig, where: str, s
     assert rig.traces() == Rig.NOTHING
 
 
+@pytest.mark.parametrize("step", ["setup", "setup.done"])
+async def test_a_vm_whose_removal_was_cut_off_goes_with_its_rules_though_the_network_cannot_be_mended(
+    rig: Rig, step: str
+) -> None:
+    await killed_at(rig, "machines", "destroy", "delete")
+    assert sorted(rig.host.rules) == [A]
+    rig.host.faults.fail_always(step, AgentError("no bridge today"))
+    runtime = await rig.boot()
+    assert "no bridge today" in runtime.trouble
+    await until(lambda: runtime.list() == [])
+    assert rig.traces() == Rig.NOTHING
+
+
 async def test_running_vms_keep_running_under_a_new_agent_and_their_exits_are_seen(rig: Rig) -> None:
     runtime = await rig.boot()
     before = {}
