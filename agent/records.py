@@ -134,11 +134,11 @@ class Records(Protocol):
 
 
 def _can_be_a_vm(folder: Path) -> bool:
-    """A link may lead to a VM's folder that someone moved: such a VM may run, so it must not be called absent."""
+    """A link that leads to a record, or nowhere, may be for a VM someone moved: it may run, so it must not be called absent."""
     try:
         check_name(folder.name)
         kind = folder.lstat().st_mode
-        return stat.S_ISDIR(kind) or stat.S_ISLNK(kind)
+        return stat.S_ISDIR(kind) or (stat.S_ISLNK(kind) and ((folder / RECORD).exists() or not folder.exists()))
     except ValueError:
         return False
     except OSError:  # it cannot be looked at, so it may well be one

@@ -151,7 +151,7 @@ class FirecrackerEngine:
                     if not folder.says_started() and asyncio.get_running_loop().time() < asked_after:
                         continue
                     try:
-                        said = str((await api.get(jail.root(), "/", limit=START_LIMIT)).get("state"))
+                        said = str((await api.get(jail.root(), "/")).get("state"))
                         if said in ("Running", "Paused"):
                             return
                     except AgentError as error:  # its socket is not there yet, or does not listen yet, or it is about to end

@@ -169,13 +169,18 @@ class Jail:
 
     def remove(self) -> None:
         """Removes the jail's folder; for a VM whose process is gone."""
-        if self._top.exists():
-            shutil.rmtree(self._top)
+        shutil.rmtree(self._top, onerror=_unless_gone)
 
     def cgroup(self) -> Path | None:
         """The VM's control group, which outlives its process; None where there are none."""
         cgroups = find_cgroups()
         return cgroups.root / PARENT / self.name if cgroups is not None else None
+
+
+def _unless_gone(_function: object, _path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    """What vanishes meanwhile, as by a removal that was cut off in its thread, is as good as removed."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 async def remove_cgroup(path: Path | None, limit: float = CGROUP_LIMIT) -> None:
