@@ -9,10 +9,11 @@ from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 
 from agent.errors import AgentError
-from agent.handlers import AgentHandler, explain
+from agent.handlers import CLUSTER, POSITION, AgentHandler, explain
 from agent.machine import StreamFormat
 from agent.transfers import CHUNK, Exported, Upload, digest_header, parse_digest
 from specs.failures import Failure
+from specs.operations import operation
 from specs.wire import DISK_FORMAT_HEADER, DISK_TYPE
 
 _PATIENCE = 6 * 3600.0  # seconds for the whole of a disk to arrive
@@ -24,6 +25,7 @@ class DiskHandler(AgentHandler):
     _upload: Upload | None = None
     _failure: AgentError | None = None
 
+    @operation(media=DISK_TYPE, fails=(404, 409, 422, 503, 507))
     async def on_get(self, vm_id: str) -> None:
         """The disk's contents, with its digest in Repr-Digest (RFC 9530) and its format in X-Muster-Disk-Format."""
         async with self.services.transfers.exported(vm_id) as disk:
@@ -71,6 +73,13 @@ class DiskHandler(AgentHandler):
         except AgentError as error:
             self._refusal = explain(error)
 
+    @operation(
+        takes_media=DISK_TYPE,
+        fails=(404, 409, 422, 503, 507),
+        headers=CLUSTER
+        | {DISK_FORMAT_HEADER: "`qcow2` or `zfs`.", "Repr-Digest": "`sha-256=:BASE64:` of the body (RFC 9530)."},
+        also=POSITION,
+    )
     async def on_put(self, vm_id: str) -> None:
         """Replaces the disk of a stopped VM; needs Repr-Digest and X-Muster-Disk-Format as GET told them."""
         if self._upload is None:

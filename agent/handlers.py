@@ -193,7 +193,13 @@ class SpecHandler(AgentHandler):
 class PowerHandler(AgentHandler):
     """/api/vms/{id}/stop and /api/vms/{id}/start"""
 
-    @operation(ok=(200, 202), fails=(404, 409, 422, 503, 507), headers=CLUSTER | PREFER, also=POSITION)
+    @operation(
+        ok=(200, 202),
+        fails=(404, 409, 422, 503, 507),
+        headers=CLUSTER | PREFER,
+        also=POSITION,
+        gives_on={202: CreateVmResp},
+    )
     async def on_post(self, vm_id: str, verb: str) -> None:
         """Stops or starts the VM; 202 with `Prefer: respond-async`."""
         self.no_body()

@@ -125,14 +125,13 @@ class Agent:
             labels=settings.labels,
         )
         self._open.push_async_callback(self._leave_network, drivers)
-        transfers = Transfers(self._runtime, settings.runtime_at)
+        transfers = Transfers(self._runtime, settings.runtime_at if self._records is None else None)
         server = Server.of(make_app(Services(self._runtime, facts, transfers), Access(key, listen.allowed_hosts())))
         self._open.push_async_callback(server.drain)
         self._open.push_async_callback(facts.close)
         self._open.push_async_callback(self._runtime.close)
         await self._runtime.start()
-        if self._records is None:
-            await transfers.clear()
+        await transfers.clear()
         try:
             server.open(listen)
         except OSError as error:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.errors import AgentError
+from agent.errors import AgentError, Unsupported
 from agent.machine import StreamFormat
 from agent.records import io_error
 from agent.runtime import Runtime
@@ -45,17 +45,20 @@ class Exported:
 class Transfers:
     """The transfers of one agent."""
 
-    def __init__(self, runtime: Runtime, runtime_dir: Path) -> None:
+    def __init__(self, runtime: Runtime, runtime_dir: Path | None) -> None:
+        """`runtime_dir` is None on a simulated host, which has no files."""
         self._runtime = runtime
         self._folder = runtime_dir
 
     async def clear(self) -> None:
         """Removes what an agent that was killed left. Called once, before requests are answered."""
-        await asyncio.to_thread(_clear, self._folder)
+        if self._folder is not None:
+            await asyncio.to_thread(_clear, self._folder)
 
     @contextlib.asynccontextmanager
     async def exported(self, vm_id: str) -> AsyncIterator[Exported]:
         """Writes the disk of a stopped VM to a file that is there until the context ends. Raises AgentError."""
+        self._runtime.check_disk_can_change(vm_id)
         path = await self._new_file()
         try:
             format_ = await self._runtime.export_disk(vm_id, path)
@@ -70,6 +73,8 @@ class Transfers:
         return Upload(self._runtime, vm_id, await self._new_file())
 
     async def _new_file(self) -> Path:
+        if self._folder is None:
+            raise Unsupported("a simulated host has no disks")
         path = self._folder / f"{PREFIX}{secrets.token_hex(8)}"
         try:
             await asyncio.to_thread(path.touch, 0o600)

@@ -54,6 +54,8 @@ def explain(error: BaseException) -> Failure | None:
 class ApiHandler(Handler):
     """Base of the controller's endpoints."""
 
+    tagged = True
+
     @property
     def controller(self) -> Controller:
         """What records and reconciles."""

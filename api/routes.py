@@ -5,5 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from api import env_handlers, fleet_handlers, handlers, site
+from specs.openapi import with_document
 
-ROUTES: list[Any] = [*handlers.ROUTES, *env_handlers.ROUTES, *fleet_handlers.ROUTES, *site.ROUTES]
+ROUTES: list[Any] = with_document(
+    "muster controller", [*handlers.ROUTES, *env_handlers.ROUTES, *fleet_handlers.ROUTES, *site.ROUTES]
+)

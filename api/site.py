@@ -25,9 +25,7 @@ CONTENT_SECURITY_POLICY = (
 class Watch(ApiHandler):
     """/api/watch: server-sent events, a snapshot and then every change; `since` resumes after a revision."""
 
-    def entity_tag(self, **_where: str) -> str | None:
-        """None: what is told is not the fleet's state."""
-        return None
+    tagged = False  # what is told is not the fleet's state
 
     @operation(
         query=(Param("since", "Only changes after this revision.", kind="integer", says="a revision"),),
@@ -71,10 +69,7 @@ class Health(ApiHandler):
     """/healthz: the process serves."""
 
     needs_key = False
-
-    def entity_tag(self, **_where: str) -> str | None:
-        """None: what is told is not the fleet's state."""
-        return None
+    tagged = False
 
     @operation(gives=dict[str, str])
     async def on_get(self) -> None:
@@ -86,10 +81,7 @@ class Ready(ApiHandler):
     """/readyz: the desired state is loaded, and can be written."""
 
     needs_key = False
-
-    def entity_tag(self, **_where: str) -> str | None:
-        """None: what is told is not the fleet's state."""
-        return None
+    tagged = False
 
     @operation(gives=dict[str, str], fails=(503,))
     async def on_get(self) -> None:

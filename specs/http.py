@@ -62,6 +62,8 @@ class Handler(RequestHandler):
     """
 
     needs_key: ClassVar[bool] = True
+    tagged: ClassVar[bool] = False
+    """Whether answers to GET have an entity tag."""
     max_body: int = MAX_BODY
     _METHODS: ClassVar[tuple[str, ...]] = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
@@ -136,7 +138,7 @@ class Handler(RequestHandler):
                 raise Failure(400, "bad_query", str(error)) from None
         if method == "get":
             # Before anything is read: a tag must never be newer than what it is sent with.
-            self._tag = self.entity_tag(**where)
+            self._tag = self.entity_tag(**where) if self.tagged else None
             if self._tag is not None and self._tag in re.findall(_TAG, self.request.headers.get("If-None-Match", "")):
                 self.set_status(304)
                 self.set_header("Etag", self._tag)
@@ -145,7 +147,7 @@ class Handler(RequestHandler):
         await action(**where)
 
     def entity_tag(self, **_where: str) -> str | None:
-        """A weak entity tag (RFC 9110 §8.8.3) that differs whenever the answer to this GET would; None if none is known."""
+        """A weak entity tag (RFC 9110 §8.8.3) that differs whenever the answer to this GET would. Asked if `tagged`."""
         return None
 
     def compute_etag(self) -> str | None:

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, NewType
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 EnvId = NewType("EnvId", str)
 VmId = NewType("VmId", str)
@@ -100,7 +100,9 @@ def check_ssh_key(value: str) -> str:
     return key
 
 
-Name = Annotated[str, AfterValidator(check_name)]
+Name = Annotated[
+    str, AfterValidator(check_name), WithJsonSchema({"type": "string", "pattern": rf"^(?!.*\.\.){_NAME.pattern}$"})
+]
 SshKey = Annotated[str, AfterValidator(check_ssh_key)]
 EngineName = Annotated[Engine, BeforeValidator(canonical_engine)]
 StorageName = Annotated[Storage, BeforeValidator(canonical_storage)]

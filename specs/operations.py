@@ -50,8 +50,9 @@ class Param:
 class Operation:
     """One method of one path.
 
-    `gives` is the type of `data` in the answer, None where there is none; `also` are further keys beside it. `ok` and `fails`
-    are every status an answer can have, but for those any call can have.
+    `gives` is the type of `data` in the answer, None where there is none, `gives_on` the same for single statuses; `also` are
+    further keys beside it. `ok` and `fails` are every status an answer can have, but for those any call can have. `media` is
+    the answer's content type, `takes_media` the body's; what is `bare` comes without the envelope.
     """
 
     takes: type[BaseModel] | None = None
@@ -62,6 +63,9 @@ class Operation:
     headers: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, Any] = field(default_factory=dict)
     media: str = "application/json"
+    takes_media: str = "application/json"
+    gives_on: Mapping[int, Any] = field(default_factory=dict)
+    bare: bool = False
 
     def read_query(self, given: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
         """The parameters by name. Raises BadParameter."""
@@ -95,9 +99,12 @@ def operation(
     headers: Mapping[str, str] | None = None,
     also: Mapping[str, Any] | None = None,
     media: str = "application/json",
+    takes_media: str = "application/json",
+    gives_on: Mapping[int, Any] | None = None,
+    bare: bool = False,
 ) -> Callable[[F], F]:
     """Says of a handler's `on_…` method what it takes and answers."""
-    described = Operation(takes, gives, ok, fails, query, headers or {}, also or {}, media)
+    described = Operation(takes, gives, ok, fails, query, headers or {}, also or {}, media, takes_media, gives_on or {}, bare)
 
     def mark(method: F) -> F:
         method.operation = described  # type: ignore[attr-defined]
