@@ -53,6 +53,9 @@ class VmStatus:
     tried: str = ""
 
 
+NEW = VmStatus()  # of a VM nobody has looked at
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """A host's list of VMs. `asked_at` is the tick at which it was asked for; `boot_id` is "" on a plain agent."""
@@ -236,7 +239,7 @@ class Fleet:
         else:
             self._count(vm, 1)
             self._env_vms[vm.env_id][vm.id] = None
-            self.status.setdefault(vm.id, VmStatus())
+            self.status.setdefault(vm.id, NEW)
             if vm.host_id:
                 self._host_vms[vm.host_id][vm.id] = None
                 self._unplaced.pop(vm.id, None)

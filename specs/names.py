@@ -28,6 +28,7 @@ _SSH_KEY = re.compile(
     r" +(?P<blob>[A-Za-z0-9+/]+={0,3}|AAAA\.\.\.)(?: .*)?"
 )
 _SSH_KEY_MAX = 16 * 1024
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Engine(StrEnum):
@@ -91,7 +92,7 @@ def check_docker_reference(value: str) -> str:
 def check_ssh_key(value: str) -> str:
     """Accepts one line `type base64 [comment]` of a type OpenSSH knows; raises ValueError otherwise."""
     key = value.strip(" ")
-    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 or char in "\u2028\u2029" for char in key):
+    if _UNPRINTABLE.search(key):
         raise ValueError("must be one line without control characters")
     if len(key) > _SSH_KEY_MAX:
         raise ValueError(f"must be at most {_SSH_KEY_MAX} characters")

@@ -18,6 +18,7 @@ from reconciler.core.model import (
     Destroy,
     Done,
     Forget,
+    Observation,
     Place,
     Present,
     Retry,
@@ -30,7 +31,7 @@ from reconciler.core.model import (
 from reconciler.core.move import REFUSAL_KEPT, is_refused, means_elsewhere
 from reconciler.core.place import Unplaceable, place
 from reconciler.core.plan import plan_vm
-from reconciler.fleet import Fleet, HostState, VmStatus
+from reconciler.fleet import NEW, Fleet, HostState
 from reconciler.loop.backoff import backoff
 from reconciler.loop.clock import Clock
 from reconciler.loop.moves import Moves
@@ -115,11 +116,12 @@ class Reconciler:
         if isinstance(seen, Present) and seen.state == "failed" and seen.message and intent.desired != "absent":
             self.fleet.note("Failed", f"on host {intent.host_id}: {seen.message}", vm=intent, news=True)
         stranded = None
-        if is_refused(intent, seen, self.fleet.status.get(vm_id, VmStatus()).retry):
+        if is_refused(intent, seen, self.fleet.status.get(vm_id, NEW).retry):
             stranded = await self.moves.relocate(intent)
             if self.fleet.vms.get(vm_id) != intent:
                 return  # it has been moved, and the change has woken it
-        step = self._plan(intent)
+            seen = self.fleet.seen(intent)
+        step = self._plan(intent, seen)
         if stranded is not None and isinstance(step, Wait):
             step = replace(step, why=f"{step.why}; no other host can take it: {stranded.sentence()}")
         match step:
@@ -134,9 +136,9 @@ class Reconciler:
             case Forget():
                 await self._forget(intent)
 
-    def _plan(self, intent: VmIntent) -> Step:
-        status = self.fleet.status.get(intent.id, VmStatus())
-        return plan_vm(intent, self.fleet.seen(intent), status.retry, self.fleet.cluster, self._clock.monotonic())
+    def _plan(self, intent: VmIntent, seen: Observation) -> Step:
+        retry = self.fleet.status.get(intent.id, NEW).retry
+        return plan_vm(intent, seen, retry, self.fleet.cluster, self._clock.monotonic())
 
     # ---- the steps
 
@@ -171,7 +173,7 @@ class Reconciler:
         is_quick = bool(host.info and host.info.boot_id) and intent.desired != "absent"
         async with (self._quick_slots if is_quick else self._slots)[host.intent.addr]:
             fresh = self.fleet.vms.get(intent.id)
-            step = self._plan(fresh) if fresh and not fresh.gone_at else None
+            step = self._plan(fresh, self.fleet.seen(fresh)) if fresh and not fresh.gone_at else None
             if fresh is None or not isinstance(step, Call):
                 self.queue.add(intent.id)  # things changed while it waited for a free slot
                 return
@@ -179,7 +181,7 @@ class Reconciler:
 
     async def _call(self, client: AgentClient, host: HostState, intent: VmIntent, step: Call) -> None:
         verb = type(step).__name__.lower()
-        status = self.fleet.status.get(intent.id, VmStatus())
+        status = self.fleet.status.get(intent.id, NEW)
         attempts = status.retry.attempts + 1
         phase = "terminating" if isinstance(step, Destroy) else "progressing"
         self._set(intent.id, phase=phase, message=f"asking host {host.shown_id} to {verb} it", settled=False, tried=verb)
@@ -228,7 +230,7 @@ class Reconciler:
             self.queue.add_at(intent.id, step.until)
 
     async def _settle(self, intent: VmIntent, step: Done) -> None:
-        status = self.fleet.status.get(intent.id, VmStatus())
+        status = self.fleet.status.get(intent.id, NEW)
         now = self._clock.monotonic()
         since = status.settled_at if status.settled and status.phase == step.phase else now
         retry = status.retry
@@ -349,12 +351,11 @@ class Reconciler:
         status = self.fleet.status.get(vm_id)
         if status is None:
             return
-        new = replace(status, **fields)  # type: ignore[arg-type]  # names are checked by the tests
-        if new.settled:
-            new = replace(new, since=None, tried="")
-        elif new.since is None:
-            new = replace(new, since=self._clock.monotonic())
-        self.fleet.set_status(vm_id, new)
+        if fields.get("settled", status.settled):
+            fields |= {"since": None, "tried": ""}
+        elif status.since is None:
+            fields["since"] = self._clock.monotonic()
+        self.fleet.set_status(vm_id, replace(status, **fields))  # type: ignore[arg-type]  # names are checked by the tests
 
 
 def _create_request(intent: VmIntent, *, ours: bool) -> CreateVmReq:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
-from tenacity import RetryCallState, Retrying, wait_random_exponential
+from tenacity import wait_random_exponential
 
 from reconciler.agents import AgentClient, AgentFailure, Unreachable
 from reconciler.core.model import Change
 from reconciler.fleet import Fleet, Report
+from reconciler.loop.backoff import backoff
 from reconciler.loop.clock import Clock
 from reconciler.store.database import Database, StoreUnavailable
 from specs.wire import AgentInfo
@@ -101,9 +102,7 @@ class Watchers:
                 log.exception("watcher failed", host=addr)
                 failures += 1
                 self._note_failure(addr, error)
-            state = RetryCallState(Retrying(), None, (), {})
-            state.attempt_number = min(failures, 30)
-            await asyncio.sleep(0.05 + self._reconnect(state))
+            await asyncio.sleep(0.05 + backoff(min(failures, 30), self._reconnect))
 
     def _heard_within(self, addr: str, seconds: float) -> bool:
         host = self._fleet.hosts.get(addr)

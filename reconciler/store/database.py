@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import queue
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import orjson
 import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-from reconciler.core.events import Event
-from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
-from reconciler.store.schema import envs, events, hosts, meta, vms
-from specs.desired import EnvSpec, VmSpec, canonical_env
-from specs.names import ClusterId, EnvId, HostId, VmId
+from reconciler.core.model import Change
+from reconciler.store import rows
+from specs.names import ClusterId
 
 log = structlog.get_logger()
 
@@ -70,7 +62,7 @@ class Database:
         if engine.dialect.name == "sqlite":
             self._check_unchanged(engine.url.database)
             sa.event.listen(engine, "connect", _sqlite_pragmas)
-            sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+            sa.event.listen(engine, "begin", begin_sqlite)
         try:
             with engine.begin() as connection:
                 _migrate(connection)
@@ -111,32 +103,17 @@ class Database:
         store in whose place an older copy was put, and would refuse every call of a lower one.
         """
         with self._open_engine().begin() as connection:
-            rows = {row.key: row.value for row in connection.execute(sa.select(meta))}
-            cluster = rows.get("cluster") or uuid.uuid4().hex[:12]
-            term = max(int(rows.get("term", "0")) + 1, int(now) - TERM_EPOCH)
-            for key, value in (("cluster", cluster), ("term", str(term))):
-                self._upsert(connection, meta, [{"key": key, "value": value}], keep=())
+            known = rows.read_meta(connection)
+            cluster = known.get("cluster") or uuid.uuid4().hex[:12]
+            term = max(int(known.get("term", "0")) + 1, int(now) - TERM_EPOCH)
+            rows.write_meta(connection, {"cluster": cluster, "term": str(term)})
         return ClusterId(cluster), term
 
     def load(self) -> Change:
         """Everything recorded, as one change to apply to an empty fleet. Raises StoreCorrupt on a row it cannot read."""
         with self._open_engine().connect() as connection:
             try:
-                return Change(
-                    envs=tuple(
-                        _env_from(row) for row in connection.execute(sa.select(envs).order_by(envs.c.created_at, envs.c.id))
-                    ),
-                    vms=tuple(_vms_from(connection.execute(sa.select(vms).order_by(vms.c.created_at, vms.c.id)))),
-                    hosts=tuple(
-                        HostIntent(
-                            row.addr, HostId(row.id) if row.id else None, row.registered_at, row.cordoned, row.drain_total
-                        )
-                        for row in connection.execute(sa.select(hosts).order_by(hosts.c.registered_at, hosts.c.addr))
-                    ),
-                    events=tuple(
-                        Event(**row._mapping) for row in connection.execute(sa.select(events).order_by(events.c.revision))
-                    ),
-                )
+                return rows.read(connection)
             except ValueError as error:
                 raise StoreCorrupt(f"{self.url} holds a record this version cannot read: {error}") from error
 
@@ -183,15 +160,17 @@ class Database:
 
     def _try_write(self, changes: list[Change]) -> StoreUnavailable | None:
         try:
-            for attempt in Retrying(
-                retry=retry_if_exception(_may_pass),
-                wait=wait_exponential_jitter(multiplier=0.02, max=0.5),
-                stop=stop_after_delay(BUSY_SECONDS),
-                reraise=True,
-            ):
-                with attempt, self._open_engine().begin() as connection:
-                    for change in changes:
-                        self._write(connection, change)
+            try:
+                self._write(changes)
+            except sa.exc.OperationalError as error:
+                if not _may_pass(error):
+                    raise
+                Retrying(
+                    retry=retry_if_exception(_may_pass),
+                    wait=wait_exponential_jitter(multiplier=0.02, max=0.5),
+                    stop=stop_after_delay(BUSY_SECONDS),
+                    reraise=True,
+                )(self._write, changes)
         except sa.exc.SQLAlchemyError as error:
             reason = getattr(error, "orig", None) or error
             log.warning("store write refused", error=str(reason), changes=len(changes))
@@ -202,6 +181,10 @@ class Database:
         self.commits += 1
         self.changes += len(changes)
         return None
+
+    def _write(self, changes: list[Change]) -> None:
+        with self._open_engine().begin() as connection:
+            rows.write(connection, changes)
 
     @staticmethod
     def _finish(waiting: list[tuple[Change, asyncio.Future[None]]], error: StoreUnavailable | None) -> None:
@@ -217,47 +200,6 @@ class Database:
         with contextlib.suppress(RuntimeError):  # the loop has ended with the process; nobody waits any more
             waiting[0][1].get_loop().call_soon_threadsafe(resolve)
 
-    def _write(self, connection: sa.Connection, change: Change) -> None:
-        if change == Change():
-            self._upsert(connection, meta, [{"key": "probe", "value": uuid.uuid4().hex}], keep=())
-            return
-        self._upsert(connection, envs, [_env_row(env) for env in change.envs], keep=())
-        cache: dict[int, str] = {}
-        self._upsert(connection, vms, [_vm_row(vm, cache) for vm in change.vms], keep=("host_id", "gone_at"))
-        self._upsert(connection, hosts, [_host_row(host) for host in change.hosts], keep=())
-        self._upsert(connection, events, [_event_row(event) for event in change.events], keep=())
-        _update_vms(connection, "host_id", change.placed)
-        _update_vms(connection, "gone_at", change.gone)
-        for table, column, keys in (
-            (vms, vms.c.id, change.drop_vms),
-            (envs, envs.c.id, change.drop_envs),
-            (hosts, hosts.c.addr, change.drop_hosts),
-            (events, events.c.id, change.drop_events),
-        ):
-            if keys:
-                connection.execute(
-                    sa.delete(table).where(column == sa.bindparam("dropped")), [{"dropped": key} for key in keys]
-                )
-
-    def _upsert(self, connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]], keep: tuple[str, ...]) -> None:
-        if not rows:
-            return
-        connection.execute(_upsert_statement(connection.dialect.name, table, keep), rows)
-
-
-@functools.cache  # making a statement costs more than running it
-def _upsert_statement(dialect: str, table: sa.Table, keep: tuple[str, ...]) -> sa.Executable:
-    insert = postgresql_insert if dialect == "postgresql" else sqlite_insert
-    statement = insert(table)
-    key = [column.name for column in table.primary_key]
-    changed = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in key and c.name not in keep}
-    return statement.on_conflict_do_update(index_elements=key, set_=changed)
-
-
-@functools.cache
-def _update_statement(column: str) -> sa.Executable:
-    return sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
-
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same write may succeed a moment later: a lock is given back, a full disk is not emptied by waiting."""
@@ -265,10 +207,9 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, sa.exc.OperationalError) and not full
 
 
-def _update_vms(connection: sa.Connection, column: str, pairs: Iterable[tuple[VmId, object]]) -> None:
-    rows = [{"vm": vm_id, "new": value} for vm_id, value in pairs]
-    if rows:
-        connection.execute(_update_statement(column), rows)
+def begin_sqlite(connection: sa.Connection) -> None:
+    """What SQLAlchemy's "begin" does here: the driver, told to leave transactions alone, begins none."""
+    connection.connection.cursor().execute("BEGIN")
 
 
 def _sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
@@ -285,73 +226,3 @@ def _migrate(connection: sa.Connection) -> None:
     config.attributes["connection"] = connection
     ScriptDirectory.from_config(config)
     command.upgrade(config, "head")
-
-
-def _env_row(env: EnvIntent) -> dict[str, Any]:
-    return {
-        "id": env.id,
-        "spec": orjson.dumps(canonical_env(env.spec)).decode(),
-        "power": env.power,
-        "generation": env.generation,
-        "rolled": env.rolled,
-        "created_at": env.created_at,
-        "expires_at": env.expires_at,
-        "deleting": env.deleting,
-    }
-
-
-def _env_from(row: Any) -> EnvIntent:
-    return EnvIntent(
-        id=EnvId(row.id),
-        spec=EnvSpec.model_validate(orjson.loads(row.spec)),
-        power=row.power,
-        generation=row.generation,
-        rolled=row.rolled,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        deleting=row.deleting,
-    )
-
-
-def _vm_row(vm: VmIntent, cache: dict[int, str]) -> dict[str, Any]:
-    if id(vm.spec) not in cache:
-        cache[id(vm.spec)] = vm.spec.model_dump_json(exclude_defaults=True)
-    return {
-        "id": vm.id,
-        "env_id": vm.env_id,
-        "name": vm.name,
-        "spec": cache[id(vm.spec)],
-        "spec_hash": vm.spec_hash,
-        "desired": vm.desired,
-        "host_id": vm.host_id,
-        "created_at": vm.created_at,
-        "generation": vm.generation,
-        "gone_at": vm.gone_at,
-    }
-
-
-def _vms_from(rows: Iterable[Any]) -> Iterable[VmIntent]:
-    specs: dict[str, VmSpec] = {}  # equal machines share one value in memory
-    for row in rows:
-        if row.spec not in specs:
-            specs[row.spec] = VmSpec.model_validate(orjson.loads(row.spec))
-        yield VmIntent(
-            id=VmId(row.id),
-            env_id=EnvId(row.env_id),
-            name=row.name,
-            spec=specs[row.spec],
-            spec_hash=row.spec_hash,
-            desired=row.desired,
-            host_id=HostId(row.host_id) if row.host_id else None,
-            created_at=row.created_at,
-            generation=row.generation,
-            gone_at=row.gone_at,
-        )
-
-
-def _host_row(host: HostIntent) -> dict[str, Any]:
-    return {name: getattr(host, name) for name in HostIntent.__dataclass_fields__}
-
-
-def _event_row(event: Event) -> dict[str, Any]:
-    return {name: getattr(event, name) for name in Event.__dataclass_fields__}

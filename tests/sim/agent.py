@@ -162,7 +162,8 @@ class Agent:
             if not entry.is_going:
                 if not same_spec(entry.request, request):
                     raise Refused(409, "conflict", f"VM {vm_id} exists with another spec")
-                await entry.recorded.wait()
+                if entry.creation is not None:
+                    await self._until_recorded(entry, entry.creation)
                 return self._reply(entry)
             await self._remove_and_wait(entry)
             self._check_term(cluster, term)
@@ -179,11 +180,16 @@ class Agent:
         self.entries[vm_id] = entry
         self._publish(entry)
         entry.creation = self._operate(entry, self._create(entry))
-        waits = [self._spawn(_event(entry.recorded)), entry.creation]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if not entry.recorded.is_set():
-            raise Refused(409, "conflict", f"VM {vm_id} was deleted while it was being created")
+        await self._until_recorded(entry, entry.creation)
         return self._reply(entry)
+
+    async def _until_recorded(self, entry: Entry, creation: asyncio.Task[None]) -> None:
+        if not entry.recorded.is_set():
+            recorded = self._spawn(_event(entry.recorded))
+            await asyncio.wait([recorded, creation], return_when=asyncio.FIRST_COMPLETED)
+            recorded.cancel()
+        if not entry.recorded.is_set():
+            raise Refused(409, "conflict", f"VM {entry.id} was deleted while it was being created")
 
     async def power_to(self, power: Literal["running", "stopped"], vm_id: VmId, cluster: ClusterId, term: int) -> Reply:
         """POST /api/vms/{id}/stop or start with Prefer: respond-async. Raises Refused."""

@@ -73,7 +73,7 @@ def _drains_unsettled(world: World, mirror: Mirror) -> str:
     if not world.is_cured:
         return ""
     waiting = {vm.env_id for vm in mirror.vms.values() if _has_no_room(world, mirror, vm)}
-    draining = {host.id for host in mirror.hosts.values() if host.drain_total is not None}
+    draining = {host.id for host in mirror.hosts.values() if host.id is not None and host.drain_total is not None}
     for vm in mirror.vms.values():
         is_to_leave = vm.host_id in draining and not vm.gone_at and vm.env_id not in waiting
         if is_to_leave and any(_fits(mirror, vm, host) for host in world.hosts):
@@ -124,8 +124,10 @@ def _vm_unsettled(world: World, mirror: Mirror, vm: VmIntent, hosts: dict[str, H
         return f"is not on {host.name}"
     if not record.complete or record.deleting:
         return f"is half made on {host.name}"
-    if state == "running" or (vm.spec.restart == "never" and (state != "off" or vm.id in world.start_failed)):
+    if state == "running":
         return ""
+    if vm.spec.restart == "never" and (state != "off" or record.power == "running"):
+        return ""  # it has ended, or the one start it was to have has failed or was cut short
     if state == "exited" and vm.spec.restart != "always":
         return ""
     return f"is {state} on {host.name} and should run"

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
-from reconciler.store.database import Database, _migrate
+from reconciler.store.database import Database, _migrate, begin_sqlite
 from reconciler.store.schema import meta
 from specs.names import EnvId, VmId
 from tests.sim.loop import Process, SimLoop
@@ -110,11 +110,16 @@ class Disk:
     def __init__(self) -> None:
         self.connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         self.engine = sa.create_engine("sqlite://", creator=lambda: self.connection, poolclass=StaticPool)
-        sa.event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        sa.event.listen(self.engine, "begin", begin_sqlite)
+        sa.event.listen(self.engine, "commit", self._fail_if_full)
         self.mirror = Mirror()
         self.locked_until = 0.0
         self.full_until = 0.0
         self.slow_until = 0.0
+
+    def _fail_if_full(self, _connection: sa.Connection) -> None:
+        if STORE_TIME.monotonic() < self.full_until:
+            raise sa.exc.OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full"))
 
     @classmethod
     def take(cls) -> Disk:
@@ -234,11 +239,6 @@ class SimDatabase(Database):
         if STORE_TIME.monotonic() < self.disk.locked_until:
             raise sa.exc.OperationalError("BEGIN", None, sqlite3.OperationalError("database is locked"))
         return self.disk.engine
-
-    def _write(self, connection: sa.Connection, change: Change) -> None:
-        super()._write(connection, change)
-        if STORE_TIME.monotonic() < self.disk.full_until:
-            raise sa.exc.OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full"))
 
     def _wake(self) -> None:
         if not self._is_due:

@@ -55,6 +55,7 @@ class World:
         self.faults: Counter[str] = Counter()
         self.jump = 0.0
         self.jumped_ahead_at = -1000.0
+        self.last_jump, self.jump_ended_at = 0.0, -1000.0
         self.lost_power: set[str] = set()
         """Hosts that have been off: nobody starts strangers again."""
         self.is_calm = False
@@ -63,8 +64,6 @@ class World:
         self.engine_fails: Counter[str] = Counter()
         """How many times the next create, boot or removal on a host fails: "<step> <host>"."""
         self.strangers: set[VmId] = set()
-        self.start_failed: set[str] = set()
-        """VMs that have once failed to start: with `restart: never` they may stay so."""
         self.poisoned: set[str] = set()
         """VMs that have been seen to fail at every start."""
         self.hosts: list[Host] = []
@@ -98,6 +97,7 @@ class World:
         """The wall clock jumps back to the truth."""
         if self.jump < -MAX_JUMP:
             self.jumped_ahead_at = self.loop.now
+        self.last_jump, self.jump_ended_at = self.jump, self.loop.now
         self.jump = 0.0
 
     def host_at(self, addr: str) -> Host:
@@ -158,8 +158,6 @@ class World:
         key = f"{step} {host.name}"
         if self.engine_fails[key] > 0:
             self.engine_fails[key] -= 1
-            if step == "boot":
-                self.start_failed.add(request.vm_id)
             self.injected(f"{step} fails", f"{request.vm_id} {host.name}")
             return f"the engine fails at {step}"
         if step == "boot" and request.image == "poison" and not self.is_cured:
@@ -224,8 +222,9 @@ class World:
 
     def has_term_of_the_future(self) -> bool:
         """Whether a controller has begun with its clock ahead: a store that has forgotten that term has to wait so long."""
-        now = self.true_wall() - TERM_EPOCH
-        return any(host.terms.highest(ClusterId(CLUSTER)) > now + len(self.controllers) for host in self.hosts)
+        begun = [c.disk.mirror.term for c in self.controllers]  # a call of that term may still be on its way
+        known = [host.terms.highest(ClusterId(CLUSTER)) for host in self.hosts]
+        return max(begun + known) > self.true_wall() - TERM_EPOCH + len(self.controllers)
 
     def heed_terms(self) -> None:
         """A controller that began with its clock behind is told by every host that its term is over: it is started again."""

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from reconciler.core.model import Change, HostIntent
-from reconciler.store import database
+from reconciler.store import database, rows
 from reconciler.store.database import Database, StoreCorrupt, StoreUnavailable
 from reconciler.store.schema import metadata
 from specs.desired import EnvSpec, canonical_env
@@ -233,3 +234,30 @@ def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
     process.wait()
     kept = {vm.id for vm in reopened(path).vms}
     assert {f"vm-{number}" for number in range(acknowledged + 1)} <= kept
+
+
+_IDS = [VmId(f"vm-{number}") for number in range(2)]
+_ONE = st.one_of(
+    st.sampled_from(_IDS).map(lambda vm_id: Change(vms=(vm_intent(id=vm_id, host=None),))),
+    st.sampled_from(_IDS).map(lambda vm_id: Change(vms=(vm_intent("absent", id=vm_id, host=None),))),
+    st.sampled_from(_IDS).map(lambda vm_id: Change(placed=((vm_id, HostId("h1")),))),
+    st.sampled_from(_IDS).map(lambda vm_id: Change(gone=((vm_id, 7),))),
+    st.sampled_from(_IDS).map(lambda vm_id: Change(drop_vms=(vm_id,))),
+    st.sampled_from([Change(envs=(ENV,)), Change(drop_envs=(ENV.id,)), Change()]),
+    st.sampled_from([Change(hosts=(HostIntent("h:1", None, 1),)), Change(drop_hosts=("h:1",))]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(_ONE, max_size=8))
+def test_changes_written_together_leave_what_they_leave_when_written_one_by_one(changes: list[Change]) -> None:
+    kept = []
+    for groups in ([changes], [[change] for change in changes]):
+        engine = sa.create_engine("sqlite://")
+        metadata.create_all(engine)
+        with engine.begin() as connection:
+            for group in groups:
+                rows.write(connection, group)
+            kept.append(rows.read(connection))
+        engine.dispose()
+    assert kept[0] == kept[1]
