@@ -107,6 +107,10 @@ class HostState:
     """The agent processes that have reported, the present one last."""
     drain: DrainProgress | None = None
     answered: asyncio.Event = field(default_factory=asyncio.Event)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a change of `intent` is being committed: two at once would undo each other."""
+    leaving: bool = False
+    """Its removal is being committed: nothing may be placed on it any more."""
 
     def has_report(self, boot_id: str, seq: int) -> bool:
         """Whether the last report is of that agent process and at least as new as `seq`."""
@@ -368,8 +372,8 @@ class Fleet:
         return HostRoom(
             id=host_id,
             addr=host.intent.addr,
-            online=host.online and host.intent.id is not None and host.report is not None,
-            why_offline="has not reported yet" if host.online else f"offline: {host.why}",
+            online=host.online and host.intent.id is not None and host.report is not None and not host.leaving,
+            why_offline="is being removed" if host.leaving else _why_offline(host),
             cordoned=host.intent.cordoned,
             engines=frozenset(info.engines) if info else frozenset(),
             images=images,
@@ -382,6 +386,11 @@ class Fleet:
             disk_used=load.disk + sum(vm.disk for vm in strangers),
             env_vms=self._host_envs[host_id] if host.intent.id else {},
         )
+
+    def set_leaving(self, host: HostState, leaving: bool) -> None:
+        """Whether the host's removal is being committed."""
+        host.leaving = leaving
+        self._rooms.pop(host.intent.addr, None)
 
     def load(self, host_id: HostId) -> Load:
         """What is placed on a host, reservations included."""
@@ -530,6 +539,10 @@ class Fleet:
             self.status[vm_id] = status
             self.changed("vm", vm_id)
             self.changed("env", self.vms[vm_id].env_id)
+
+
+def _why_offline(host: HostState) -> str:
+    return "has not reported yet" if host.online else f"offline: {host.why}"
 
 
 def _present(vm: AgentVm) -> Present:

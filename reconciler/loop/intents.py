@@ -12,7 +12,7 @@ import structlog
 from reconciler.core.expand import EnvChange, expand, recreate
 from reconciler.core.expiry import expired
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
-from reconciler.fleet import Fleet, HostState
+from reconciler.fleet import Fleet, HostState, Load
 from reconciler.loop.clock import Clock
 from reconciler.loop.notes import note_replaced, told
 from reconciler.loop.reconciler import Reconciler
@@ -180,22 +180,25 @@ class Intents:
 
     async def set_cordon(self, host_id: str, cordoned: bool) -> None:
         """Records whether new VMs may be placed on the host; those there stay, and uncordoning ends a drain. Raises NoSuch."""
-        host = self.host(host_id)
-        drain_total = host.intent.drain_total if cordoned else None
-        if (host.intent.cordoned, host.intent.drain_total) != (cordoned, drain_total):
+        async with self.host(host_id).lock:
+            host = self.host(host_id)
+            drain_total = host.intent.drain_total if cordoned else None
+            if (host.intent.cordoned, host.intent.drain_total) == (cordoned, drain_total):
+                return
             await self._commit(Change(hosts=(replace(host.intent, cordoned=cordoned, drain_total=drain_total),)))
             may = "gets no new VMs" if cordoned else "may get new VMs"
             self._fleet.note("Cordoned" if cordoned else "Uncordoned", f"host {host_id} {may}", host=host.shown_id)
 
     async def drain(self, host_id: str) -> None:
         """Records that the host's VMs are to be moved elsewhere, their disks lost, and no new ones placed. Raises NoSuch."""
-        host = self.host(host_id)
-        if host.intent.drain_total is not None:
-            return
-        total = len(self._fleet.host_vms(host.intent.id)) if host.intent.id else 0
-        await self._commit(Change(hosts=(replace(host.intent, cordoned=True, drain_total=total),)))
-        message = f"host {host.shown_id} is being drained of {total} VMs; they are made anew elsewhere, without their disks"
-        self._fleet.note("Draining", message, host=host.shown_id)
+        async with self.host(host_id).lock:
+            host = self.host(host_id)
+            if host.intent.drain_total is not None:
+                return
+            total = len(self._fleet.host_vms(host.intent.id)) if host.intent.id else 0
+            await self._commit(Change(hosts=(replace(host.intent, cordoned=True, drain_total=total),)))
+            message = f"host {host.shown_id} is being drained of {total} VMs; they are made anew elsewhere, without their disks"
+            self._fleet.note("Draining", message, host=host.shown_id)
 
     async def expire_env(self, env_id: str) -> None:
         """Deletes the environment unless its lifetime has been changed, or it has gone, while this waited for its turn."""
@@ -247,14 +250,23 @@ class Intents:
 
     async def remove_host(self, host_id: str) -> str:
         """Unregisters a host and returns its address. Raises NoSuch, Clash while VMs are placed there."""
-        host = self.host(host_id)
-        placed = self._fleet.host_vms(host.intent.id) if host.intent.id else []
-        if placed:
-            envs = ", ".join(sorted({vm.env_id for vm in placed})[:5])
-            raise Clash(f"host {host.shown_id} still has {len(placed)} VMs placed on it (of {envs})", "host_in_use")
-        await self._commit(Change(drop_hosts=(host.intent.addr,)))
-        self._fleet.note("HostRemoved", f"host {host.shown_id} is registered no more", host=host.shown_id)
-        return host.intent.addr
+        async with self.host(host_id).lock:
+            host = self.host(host_id)
+            load = self._fleet.load(host.intent.id) if host.intent.id else Load()  # placements on their way to the disk too
+            if load.count:
+                envs = ", ".join(sorted({vm.env_id for vm in self._fleet.host_vms(HostId(host.shown_id))})[:5])
+                raise Clash(
+                    f"host {host.shown_id} still has {load.count} VMs placed on it (of {envs or 'some just placed'})",
+                    "host_in_use",
+                )
+            self._fleet.set_leaving(host, True)
+            try:
+                await self._commit(Change(drop_hosts=(host.intent.addr,)))
+            except BaseException:
+                self._fleet.set_leaving(host, False)
+                raise
+            self._fleet.note("HostRemoved", f"host {host.shown_id} is registered no more", host=host.shown_id)
+            return host.intent.addr
 
 
 def parse_if_match(value: str | None) -> int | None:

@@ -12,10 +12,11 @@ from tenacity import wait_random_exponential
 
 from reconciler.agents import AgentClient, AgentFailure, Unreachable
 from reconciler.core.model import Change
-from reconciler.fleet import Fleet, Report
+from reconciler.fleet import Fleet, HostState, Report
 from reconciler.loop.backoff import backoff
 from reconciler.loop.clock import Clock
 from reconciler.store.database import Database, StoreUnavailable
+from specs.names import HostId
 from specs.wire import AgentInfo
 
 log = structlog.get_logger()
@@ -157,16 +158,22 @@ class Watchers:
         except TimeoutError:
             raise Unreachable(f"no answer within {patience:g} s") from None
 
+    async def _learn_identity(self, host: HostState, info: AgentInfo) -> None:
+        async with host.lock:
+            if self._fleet.hosts.get(host.intent.addr) is not host:
+                return  # it has been removed meanwhile
+            taken = self._fleet.host(info.host_id)
+            if taken is not None:
+                raise WrongHost(f"its host id {info.host_id} is already registered under {taken.intent.addr}")
+            change = Change(hosts=(replace(host.intent, id=HostId(info.host_id)),))
+            await self._store.commit(change)
+            self._fleet.apply(change)
+
     async def _check_identity(self, addr: str, info: AgentInfo) -> None:
         host = self._fleet.hosts.get(addr)
         if host is None:
             return
         if host.intent.id is None:
-            taken = self._fleet.host(info.host_id)
-            if taken is not None:
-                raise WrongHost(f"its host id {info.host_id} is already registered under {taken.intent.addr}")
-            change = Change(hosts=(replace(host.intent, id=info.host_id),))  # type: ignore[arg-type]
-            await self._store.commit(change)
-            self._fleet.apply(change)
+            await self._learn_identity(host, info)
         elif host.intent.id != info.host_id:
             raise WrongHost(f"another machine answers at {addr}: {info.host_id} instead of {host.intent.id}")

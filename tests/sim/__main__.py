@@ -93,6 +93,7 @@ def _run_many(seeds: int, first: int, chosen: Collection[str] | None, jobs: int)
     click.echo("faults injected:")
     for kind, times in summary.faults.most_common():
         click.echo(f"  {times:7} {kind} (in {summary.schedules_with[kind]} schedules)")
+    click.echo("granted to people: " + ", ".join(f"{times} {verb}" for verb, times in summary.granted.most_common()))
     for seed, what in sorted(summary.failed.items())[:SHOWN]:
         click.echo(f"seed {seed}: {what}\n    {replay(seed, chosen)}")
     click.echo(f"violations: {len(summary.failed)}")

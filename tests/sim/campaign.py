@@ -23,6 +23,9 @@ class Summary:
     schedules: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     schedules_with: Counter[str] = field(default_factory=Counter)
+    granted: Counter[str] = field(default_factory=Counter)
+    first_with: dict[str, int] = field(default_factory=dict)
+    """The lowest seed in which each kind of fault happened or each verb was granted."""
     failed: dict[int, str] = field(default_factory=dict)
     fewest_hosts: int = 1 << 30
     fewest_vms: int = 1 << 30
@@ -36,6 +39,9 @@ class Summary:
         self.cpu += cpu
         self.faults.update(result.faults)
         self.schedules_with.update(result.faults.keys())
+        self.granted.update(result.granted)
+        for what in (*result.faults, *result.granted):
+            self.first_with[what] = min(self.first_with.get(what, result.seed), result.seed)
         self.fewest_hosts = min(self.fewest_hosts, result.hosts)
         self.fewest_vms = min(self.fewest_vms, result.vms)
         self.fewest_faults = min(self.fewest_faults, result.faults.total())

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EPOCH = 1_800_000_000.0  # Unix seconds at virtual time 0
 HEARTBEAT = 10.0
+HOST_LOSS_GRACE = 12.0
 
 
 class SimClock(Clock):
@@ -69,7 +70,8 @@ class SimController:
         try:
             store = SimDatabase(self.disk, process, world.store_latency, world.checks)
             settings = WatchSettings(heartbeat=HEARTBEAT)
-            controller = Controller(store, watch=settings, clock=SimClock(world, process))
+            clock = SimClock(world, process)
+            controller = Controller(store, watch=settings, host_loss_grace=HOST_LOSS_GRACE, clock=clock)
             world.checks.begin(process, controller.fleet, self.disk.mirror)
             await controller.start()
         except (StoreUnavailable, sa.exc.OperationalError) as error:

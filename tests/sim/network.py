@@ -236,6 +236,18 @@ class SimClient:
         self._world.checks.listed(self._process, self._host, evidence[0])
         return listing
 
+    async def spec(self, vm_id: VmId) -> CreateVmReq | None:
+        """As AgentClient.spec."""
+
+        def act(agent: Agent, respond: Respond) -> None:
+            entry = agent.entries.get(vm_id)
+            respond(entry.request if entry is not None else Refused(404, "not_found", f"no VM {vm_id}"))
+
+        try:
+            return await self._ask("spec", READ_TIMEOUT, act)  # type: ignore[no-any-return]
+        except Refused:
+            return None
+
     async def create(self, request: CreateVmReq) -> Reply:
         """As AgentClient.create."""
         vm_id = VmId(request.vm_id)

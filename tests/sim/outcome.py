@@ -156,8 +156,9 @@ def _leftovers(world: World, host: Host, vms: dict[VmId, VmIntent], excepting: A
         return f"parts of {', '.join(sorted(loose))} are left on {host.name} without a record"
     for vm_id in host.records:
         vm = vms.get(vm_id)
-        if vm_id in world.strangers or vm_id in excepting:
-            if vm_id in world.strangers - excepting and host.engine[vm_id] != "running" and host.name not in world.lost_power:
+        is_stranger = vm_id in world.strangers and vm is None
+        if is_stranger or vm_id in excepting:
+            if is_stranger and host.engine[vm_id] != "running" and host.name not in world.lost_power:
                 return f"the stranger {vm_id} on {host.name} does not run any more"
             continue
         if world.checks.forked and (vm is None or (vm.host_id != host.name and vm_id in world.checks.tolerates_copies)):

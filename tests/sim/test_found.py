@@ -14,8 +14,9 @@ from reconciler.core.model import Change, Done, EnvIntent, HostIntent, Retry, Vm
 from reconciler.events import EventLog
 from reconciler.fleet import Fleet, Report
 from reconciler.loop.clock import Clock
-from reconciler.loop.intents import Intents
+from reconciler.loop.intents import Clash, Intents
 from reconciler.loop.reconciler import STABLE_AFTER, Reconciler
+from reconciler.loop.watchers import Watchers
 from reconciler.store.database import Database
 from specs.desired import EnvSpec, VmSpec
 from specs.names import ClusterId, EnvId, HostId, VmId
@@ -203,3 +204,47 @@ class Refusing:
 
     async def destroy(self, _vm_id: VmId) -> None:
         raise Refused(409, "stale_term", "a later controller has called")
+
+
+def _host(fleet: Fleet) -> HostIntent:
+    return fleet.hosts[ADDR].intent
+
+
+async def test_a_cordon_and_the_first_answer_of_a_host_at_the_same_time_do_not_undo_each_other() -> None:
+    fleet = Fleet(ClusterId("here"))
+    fleet.apply(Change(hosts=(HostIntent(ADDR, None, 1),)))
+    store, clock = Store(), StoppedClock()
+    _, intents = _loop(fleet, store, clock)
+    watchers = Watchers(fleet, cast(Database, store), lambda _: cast(AgentClient, None), clock)
+    info = AgentInfo.model_validate({"host_id": HOST, "resource": {}, "engines": ("qemu",), "storage": "file"})
+    store.gate.clear()
+    answers = asyncio.create_task(watchers._check_identity(ADDR, info))
+    cordons = asyncio.create_task(intents.set_cordon(ADDR, True))
+    await asyncio.sleep(0)
+    store.gate.set()
+    await asyncio.gather(answers, cordons)
+    assert (_host(fleet).id, _host(fleet).cordoned) == (HOST, True)
+
+
+async def test_nothing_is_placed_on_a_host_while_its_removal_is_on_its_way_to_the_disk() -> None:
+    fleet = _fleet(vm_intent(host=None))
+    _report(fleet, None, "b1", 1)
+    store = Store()
+    _, intents = _loop(fleet, store, StoppedClock())
+    assert [room.online for room in fleet.rooms()] == [True]
+    store.gate.clear()
+    removes = asyncio.create_task(intents.remove_host(HOST))
+    await asyncio.sleep(0)
+    assert [(room.online, room.why_offline) for room in fleet.rooms()] == [(False, "is being removed")]
+    store.gate.set()
+    await removes
+    assert fleet.hosts == {}
+
+
+async def test_a_host_is_not_removed_while_a_placement_on_it_is_on_its_way_to_the_disk() -> None:
+    waiting = vm_intent(host=None)
+    fleet = _fleet(waiting)
+    _, intents = _loop(fleet, Store(), StoppedClock())
+    fleet.reserve(waiting, HOST)
+    with pytest.raises(Clash, match="still has 1 VMs"):
+        await intents.remove_host(HOST)

@@ -10,6 +10,7 @@ from tests.sim.campaign import Summary, campaign
 from tests.sim.crashes import crash_points, enumerate_crashes
 from tests.sim.faults import KINDS
 from tests.sim.planted import hunt
+from tests.sim.users import VERBS
 from tests.sim.world import run
 
 SEEDS = int(os.environ.get("MUSTER_SIM_SEEDS", "500"))  # ops/test --deep asks for 10,000
@@ -34,6 +35,11 @@ def test_every_schedule_has_enough_hosts_vms_and_faults(summary: Summary) -> Non
 def test_every_kind_of_fault_really_happens_in_many_schedules(summary: Summary) -> None:
     rare = {kind: summary.schedules_with[kind] for kind in KINDS if summary.schedules_with[kind] < 10}
     assert rare == {}
+
+
+def test_every_kind_of_fault_and_every_wish_of_people_occurs_within_50_schedules(summary: Summary) -> None:
+    late = {what: summary.first_with.get(what) for what in (*KINDS, "poison", *VERBS) if summary.first_with.get(what, 50) >= 50}
+    assert late == {}
 
 
 def test_the_same_seed_is_the_same_run() -> None:

@@ -1,17 +1,19 @@
-"""People and scripts: create, change, stop, start, extend and delete environments through the live controller."""
+"""People and scripts: what they ask of the live controller about environments, hosts and unknown VMs."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reconciler.loop.controller import Controller
-from reconciler.loop.intents import IntentError
+from reconciler.loop.intents import IntentError, Intents, NoSuch
 from reconciler.store.database import StoreUnavailable
 from specs.desired import NEVER, EnvSpec, VmSpec, canonical_env
 from specs.names import EnvId
+from tests.sim.store import Mirror
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
 PATIENCE = 20  # tries, a second apart
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBJbDrk6WHYGFqkzL1M2t3gYKEcvXYo6ZS1lnzFDpq8J me@here"
 ENVS = 3
+OF_HOSTS = ("host", "forget", "cordon", "uncordon", "drain")
+VERBS = (*OF_HOSTS, "adopt", "destroy unknown", "create", "put", "put if-match", "stop", "start", "extend", "delete")
+THINKING = 3.0  # seconds at most between reading an environment and putting it
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One request at one time: verb is host, cordon, uncordon, drain, create, put, stop, start, extend or delete."""
+    """One request at one time; `target` is an environment or, for the verbs of OF_HOSTS, a host's address."""
 
     at: float
     verb: str
@@ -44,14 +49,20 @@ def wishes(seed: int, hosts: list[str], until: float) -> list[Wish]:
         out.append(Wish(rng.uniform(0.1, 4.9), "create", name, spec))
     for _ in range(rng.randint(4, 7)):
         name = rng.choice(names)
-        verb = rng.choice(["put", "put", "stop", "start", "extend", "delete", "create"])
-        spec = _spec(rng, name) if verb in ("put", "create") else None
+        verb = rng.choice(["put", "put if-match", "stop", "start", "extend", "delete", "create"])
+        spec = _spec(rng, name) if verb in ("put", "put if-match", "create") else None
         out.append(Wish(rng.uniform(5.0, until), verb, name, spec, rng.choice([30, 3600, NEVER])))
     for addr in rng.sample(hosts, rng.choice([0, 1, 1])):
         verb = rng.choice(["cordon", "drain"])
-        out.append(Wish(rng.uniform(8.0, until), verb, addr))
+        at = rng.uniform(8.0, until)
+        out.append(Wish(at, verb, addr))
         if rng.random() < 0.6:
-            out.append(Wish(rng.uniform(12.0, until), "uncordon", addr))
+            out.append(Wish(at + rng.uniform(0.1, 15.0), "uncordon", addr))
+    for _ in range(rng.choice([0, 1, 2])):
+        out.append(Wish(rng.uniform(12.0, until + 10.0), rng.choice(["adopt", "destroy unknown"]), "unknown"))
+    if rng.random() < 0.25:
+        addr, at = rng.choice(hosts), rng.choice([rng.uniform(0.2, 3.0), rng.uniform(3.0, until - 10.0)])
+        out += [Wish(at, "forget", addr), Wish(at + rng.uniform(0.0, 8.0), "host", addr)]
     return sorted(out, key=lambda wish: wish.at)
 
 
@@ -73,7 +84,8 @@ def _spec(rng: random.Random, name: str, needed: int = 1) -> EnvSpec:
             )
         )
     lifetime = rng.choices(["never", 21600, 25], [6, 2, 1])[0]
-    return EnvSpec(id=name, ssh_keys=(KEY,), vms=tuple(entries), lifetime=lifetime)  # type: ignore[arg-type]
+    loss = rng.choice(["wait", "wait", "wait", "recreate"])
+    return EnvSpec(id=name, ssh_keys=(KEY,), vms=tuple(entries), lifetime=lifetime, on_host_loss=loss)  # type: ignore[arg-type]
 
 
 class Users:
@@ -85,6 +97,10 @@ class Users:
         """Environments that somebody has asked to delete: they may go before their lifetime is over."""
         self.pending = 0
         """Wishes that have not been answered yet."""
+        self.granted: Counter[str] = Counter()
+        """What was acknowledged, by verb."""
+        self._under_way: Counter[str] = Counter()
+        """Requests that the controller works on, by target."""
         self._first: dict[str, Wish] = {}
         """The creation of each environment while it has not been answered: nobody asks anything else of it before."""
 
@@ -129,6 +145,7 @@ class Users:
         world.note("user", wish.verb, wish.target)
         if wish.verb == "delete":
             self.deleting.add(wish.target)
+        self._under_way[wish.target] += 1
         try:
             await self._do(controller, wish)
         except IntentError as error:
@@ -137,7 +154,10 @@ class Users:
         except StoreUnavailable as error:
             world.note("user told 503", wish.verb, wish.target, error)
             return False
+        finally:
+            self._under_way[wish.target] -= 1
         world.note("user acknowledged", wish.verb, wish.target)
+        self.granted[wish.verb] += 1
         self._hold_to(controller, wish)
         return True
 
@@ -156,6 +176,13 @@ class Users:
             case "put":
                 assert wish.spec is not None
                 return await intents.put_env(wish.spec)
+            case "put if-match":
+                assert wish.spec is not None
+                return await self._put_what_was_read(intents, wish.spec)
+            case "adopt" | "destroy unknown":
+                return await self._judge_unknown(controller, wish)
+            case "forget":
+                return await controller.remove_host(wish.target)
             case "stop" | "start":
                 return await intents.set_power(wish.target, "stopped" if wish.verb == "stop" else "running")
             case "extend":
@@ -163,12 +190,37 @@ class Users:
             case _:
                 return await intents.delete_env(wish.target)
 
+    async def _put_what_was_read(self, intents: Intents, spec: EnvSpec) -> None:
+        generation = intents.env(spec.id).generation
+        await asyncio.sleep(self._world.rng.uniform(0.0, THINKING))
+        outcome = await intents.put_env(spec, generation)
+        now = intents.env(spec.id).generation
+        # Whoever put in between would have been told that it is recorded, and be overwritten unseen.
+        is_next = now > generation if outcome == "changed" else now >= generation
+        self._world.checks.acknowledged(f"put of {spec.id} over generation {generation}", is_next)
+
+    async def _judge_unknown(self, controller: Controller, wish: Wish) -> None:
+        quarantine = controller.quarantine
+        unknown = [
+            (addr, vm.id) for addr in controller.fleet.hosts for vm, obstacle in quarantine.unknown(addr) if not obstacle
+        ]
+        if not unknown:
+            raise NoSuch("no host has an unknown VM")
+        addr, vm_id = self._world.rng.choice(sorted(unknown))
+        self._world.note("user", wish.verb, vm_id)
+        if wish.verb == "adopt":
+            await quarantine.adopt(addr, vm_id, self._world.rng.choice(["e0", "adopted"]), None)
+        else:
+            await quarantine.destroy(addr, vm_id)
+
     def _hold_to(self, controller: Controller, wish: Wish) -> None:
         mirror = controller.store.disk.mirror  # type: ignore[attr-defined]
         env = mirror.envs.get(EnvId(wish.target))
         is_kept = env is not None
-        if wish.verb == "host" or wish.verb in ("cordon", "uncordon", "drain"):
-            is_kept = wish.target in mirror.hosts
+        if wish.verb in OF_HOSTS:
+            is_kept = self._is_host_as_wished(mirror, wish)
+        elif wish.verb in ("adopt", "destroy unknown"):
+            is_kept = True  # what is recorded of it is the fleet's matter from now on
         elif wish.verb == "delete":
             is_kept = env is None or env.deleting
         elif env is not None and not env.deleting:
@@ -177,3 +229,17 @@ class Users:
             elif wish.verb in ("stop", "start"):
                 is_kept = env.power == ("stopped" if wish.verb == "stop" else "running")
         self._world.checks.acknowledged(f"{wish.verb} of {wish.target}", is_kept)
+
+    def _is_host_as_wished(self, mirror: Mirror, wish: Wish) -> bool:
+        host = mirror.hosts.get(wish.target)
+        if self._under_way[wish.target]:  # somebody else's wish may have been recorded after this one
+            return True
+        if host is None or wish.verb == "forget":
+            return (host is None) == (wish.verb == "forget")
+        match wish.verb:
+            case "cordon" | "uncordon":
+                return host.cordoned == (wish.verb == "cordon")
+            case "drain":
+                return host.drain_total is not None
+            case _:
+                return True

@@ -38,7 +38,9 @@ class Result:
     hosts: int
     vms: int
     converged_after: float
-    calls: int = 0
+    calls: int
+    granted: Counter[str]
+    """What people asked for and were told is recorded, by verb."""
 
 
 class World:
@@ -325,7 +327,8 @@ def run(seed: int, kinds: Collection[str] | None = None, *, timeline: list[str] 
         finally:
             world.close()
     vms = len(world.checks.wished)
-    return Result(seed, tuple(world.checks.found), world.faults, len(world.hosts), vms, converged, world.checks.mutating)
+    checks, granted = world.checks, world.users.granted
+    return Result(seed, tuple(checks.found), world.faults, len(world.hosts), vms, converged, checks.mutating, granted)
 
 
 def finish(world: World) -> float:
