@@ -50,6 +50,7 @@ SOURCE = "muster:source"
 _VOLMODE = {"volmode": "dev"}
 _IMPORT_LIMIT = 3600.0  # seconds; a large image on a slow disk
 _STREAM_LIMIT = 3600.0
+_NO_ROOM = 32 * MIB  # a write that is refused may be this long
 _TRIES = 3  # of cloning, should the image be replaced in between
 
 
@@ -306,14 +307,19 @@ class ZvolStorage:
     async def _fill(self, file: Path, format_: str, volume: str) -> None:
         """Writes a disk file's contents onto a new, empty volume that is large enough."""
         device = await zfs.device_of(volume, self._devices)
-        # Flushed at its end (-t writeback), or the snapshot would miss what is still in the page cache.
-        words = ("qemu-img", "convert", "-n", "--target-is-zero", "-t", "writeback", "-f", format_, "-O", "raw")
+        # Past the page cache (-t none): what it cannot write back later, as to a full pool, is lost without qemu-img failing.
+        words = ("qemu-img", "convert", "-n", "--target-is-zero", "-t", "none", "-f", format_, "-O", "raw")
         try:
             await run(*words, file, device, limit=_IMPORT_LIMIT)
         except CommandFailed as error:
-            if "No space left on device" in error.stderr:
+            if await self._is_full(volume):
                 raise DoesNotFit(f"there is no room for {file.name} in {volume}") from error
             raise
+
+    async def _is_full(self, volume: str) -> bool:
+        """Whether a failed write can be for want of room; a quota that is reached reads as an input/output error."""
+        found = await zfs.facts(volume, "available")
+        return found is not None and int(found["available"]) < _NO_ROOM
 
     async def _retire(self, dataset: str) -> None:
         """Takes an outdated image out of the way; VMs that stand on it keep it."""

@@ -14,6 +14,7 @@ from agent.machine import Unusable, Usable
 from agent.run import run
 from agent.storage.zvol import ZvolStorage
 from specs.names import VmId
+from tests.contract.cut_off import cut_off
 from tests.contract.storage_contract import OTHER, VM, StorageContract
 from tests.contract.storage_zvol_rig import MIB, ZvolRig
 
@@ -143,11 +144,58 @@ class ZvolPromises(StorageContract):
     async def test_no_room_for_an_image_is_said_and_leaves_nothing(self, storage_rig: ZvolRig) -> None:
         big = storage_rig.image_dir / "big.raw"
         await asyncio.to_thread(big.write_bytes, os.urandom(12 * MIB))
-        await self.leave_room(storage_rig, 8)
+        await self.leave_room(storage_rig, 8, storage_rig.images)
         with pytest.raises(DoesNotFit, match=r"no room for big|out of space"):
             await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "big", 64)
         assert await self._volumes(storage_rig.images) == []
         assert await storage_rig.remains(VM) == []
+
+    async def test_killed_while_a_disk_is_made_or_removed_the_next_agent_does_it_whole(
+        self, storage_rig: ZvolRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, image, name = storage_rig.folder(), f"{storage_rig.images}/base", f"{storage_rig.runtime}/{VM}"
+        for before in ("qemu-img convert", f"zfs inherit muster:making {image}", f"zfs inherit muster:making {name}"):
+            await cut_off(monkeypatch, before, storage_rig.new_storage().ensure_disk(VM, folder, "base", 64))
+            disk = await storage_rig.new_storage().ensure_disk(VM, folder, "base", 64)
+            assert (before, await storage_rig.contents(disk)) == (before, ("base", 64))
+            await cut_off(monkeypatch, "zfs destroy", storage_rig.new_storage().remove_disk(VM, folder))
+            await storage_rig.new_storage().remove_disk(VM, folder)
+            assert (before, await storage_rig.remains(VM)) == (before, [])
+            assert await self._everything_in(storage_rig.images) == ["base", "base@base"]
+            await zfs.destroy(image)
+
+    async def test_killed_while_a_disk_is_imported_it_is_the_old_or_the_new_one(
+        self, storage_rig: ZvolRig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        storage, folder, name = storage_rig.new_storage(), storage_rig.folder(), f"{storage_rig.runtime}/{VM}"
+        sent = tmp_path / "sent"
+        other = await storage.ensure_disk(OTHER, storage_rig.folder(OTHER), "other", 16)
+        assert await storage.export_disk(OTHER, storage_rig.folder(OTHER), other, sent) == "zfs"
+        disk = await storage.ensure_disk(VM, folder, "base", 32)
+        for before, expected in (
+            ("zfs set volsize=", "base"),
+            (f"zfs rename {name} {name}:replaced", "base"),
+            (f"zfs rename {name}:import", "other"),
+            (f"zfs destroy -r {name}:replaced", "other"),
+        ):
+            coming = storage_rig.new_storage().import_disk(VM, folder, disk, 32, sent, "zfs")
+            await cut_off(monkeypatch, before, coming)
+            await storage_rig.new_storage().restore_disk(VM, folder)
+            assert (before, await storage_rig.contents(disk)) == (before, (expected, 32))
+            assert (before, await storage_rig.remains(VM)) == (before, [name])
+
+    async def test_no_room_for_a_disk_that_was_sent_leaves_the_old_one(self, storage_rig: ZvolRig, tmp_path: Path) -> None:
+        storage, sent = storage_rig.new_storage(), tmp_path / "sent"
+        other = await storage.ensure_disk(OTHER, storage_rig.folder(OTHER), "other", 32)
+        await asyncio.to_thread(_write, other.path, os.urandom(24 * MIB))
+        await storage.export_disk(OTHER, storage_rig.folder(OTHER), other, sent)
+        await storage.remove_disk(OTHER, storage_rig.folder(OTHER))
+        disk = await storage.ensure_disk(VM, storage_rig.folder(), "base", 32)
+        await self.leave_room(storage_rig, 12, storage_rig.runtime)
+        with pytest.raises(DoesNotFit, match=r"out of space|quota exceeded"):
+            await storage.import_disk(VM, storage_rig.folder(), disk, 32, sent, "zfs")
+        assert await storage_rig.contents(disk) == ("base", 32)
+        assert await storage_rig.remains(VM) == [f"{storage_rig.runtime}/{VM}"]
 
     async def test_missing_datasets_are_made_if_their_pool_is_there(self, storage_rig: ZvolRig) -> None:
         pool = storage_rig.images.partition("/")[0]
@@ -169,9 +217,14 @@ class ZvolPromises(StorageContract):
         probe = await storage.probe()
         assert isinstance(probe, Unusable) and "is a volume" in probe.why
 
-    async def leave_room(self, storage_rig: ZvolRig, mib: int) -> None:
-        """Makes the images' dataset so small that no more than `mib` fit."""
-        await zfs.zfs("set", f"quota={mib}M", storage_rig.images)
+    async def leave_room(self, storage_rig: ZvolRig, mib: int, dataset: str) -> None:
+        """Makes a dataset so small that no more than `mib` fit."""
+        await zfs.zfs("set", f"quota={mib}M", dataset)
+
+    @staticmethod
+    async def _everything_in(dataset: str) -> list[str]:
+        rows = await zfs.table("all", dataset, "name", depth=9)
+        return sorted(name.removeprefix(f"{dataset}/") for (name,) in rows if name != dataset)
 
     @staticmethod
     async def _volumes(below: str) -> list[str]:

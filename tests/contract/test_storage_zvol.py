@@ -30,7 +30,7 @@ async def storage_rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZvolRi
 class TestZvolStorage(ZvolPromises):
     """All of them."""
 
-    async def leave_room(self, storage_rig: ZvolRig, mib: int) -> None:
+    async def leave_room(self, storage_rig: ZvolRig, mib: int, dataset: str) -> None:
         """The stand-in's pool is full when a volume would not fit; files cannot be."""
         file = storage_rig.devices.parent / "state.json"
         state = json.loads(file.read_text())
