@@ -19,6 +19,7 @@ from agent.inventory import Capacity
 from agent.network.freebsd import PfNetwork
 from agent.records import TERMS, RecordStore
 from agent.runtime import Drivers, Runtime
+from agent.storage.base import Storage
 from agent.storage.file import FileStorage
 from specs.names import Engine as EngineKind
 from tests.agent.runtime_rig import NOBODY, request, until
@@ -56,10 +57,14 @@ class Host:
 
         monkeypatch.setattr(commands._Child, "run", counted)
 
+    def storage(self) -> Storage:
+        """How disks are kept."""
+        return FileStorage(self.images, self.vms)
+
     async def boot(self) -> Runtime:
         """A new agent, which has adopted what it found."""
         self.left = None
-        storage = FileStorage(self.images, self.vms)
+        storage = self.storage()
         bhyve = BhyveEngine(self.vms, storage.images, firmware=self.firmware, vmm=self.freebsd.vmm)
         self.engines = (bhyve, JailEngine(self.vms, self.images))
         assert {type(await engine.probe()).__name__ for engine in self.engines} == {"Usable"}
