@@ -6,15 +6,16 @@ Knows nothing of threads, retries and transactions: the caller has begun one.
 from __future__ import annotations
 
 import functools
-import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import orjson
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from reconciler.core.events import Event
 from reconciler.core.model import Change, EnvIntent, HostIntent, VmIntent
@@ -34,7 +35,7 @@ def write(connection: sa.Connection, changes: Sequence[Change]) -> None:
 
 def write_meta(connection: sa.Connection, values: dict[str, str]) -> None:
     """Sets facts about the store itself."""
-    _run(connection, _upsert(connection.dialect.name, meta), [{"key": key, "value": value} for key, value in values.items()])
+    _run(connection, _upsert(connection.dialect, meta), [{"key": key, "value": value} for key, value in values.items()])
 
 
 def read_meta(connection: sa.Connection) -> dict[str, str]:
@@ -81,52 +82,61 @@ def _inserted(change: Change) -> Iterator[object]:
 
 
 def _write_group(connection: sa.Connection, group: Sequence[Change]) -> None:
-    def each(pick: Callable[[Change], Iterable[Any]]) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(pick, group)))
-
-    dialect = connection.dialect.name
+    dialect = connection.dialect
     if Change() in group:  # finds out whether writing is possible
         write_meta(connection, {"probe": uuid.uuid4().hex})
     cache: dict[int, str] = {}
-    _run(connection, _upsert(dialect, envs), [_env_row(env) for env in each(lambda change: change.envs)])
-    placed_elsewhere = ("host_id", "gone_at")
-    _run(connection, _upsert(dialect, vms, placed_elsewhere), [_vm_row(vm, cache) for vm in each(lambda change: change.vms)])
-    _run(connection, _upsert(dialect, hosts), [_row(host, _HOST_FIELDS) for host in each(lambda change: change.hosts)])
-    _run(connection, _upsert(dialect, events), [_row(event, _EVENT_FIELDS) for event in each(lambda change: change.events)])
-    _run(connection, _update("host_id"), [{"vm": vm, "new": host} for vm, host in each(lambda change: change.placed)])
-    _run(connection, _update("gone_at"), [{"vm": vm, "new": when} for vm, when in each(lambda change: change.gone)])
-    _run(connection, _delete(vms), [{"dropped": key} for key in each(lambda change: change.drop_vms)])
-    _run(connection, _delete(envs), [{"dropped": key} for key in each(lambda change: change.drop_envs)])
-    _run(connection, _delete(hosts), [{"dropped": key} for key in each(lambda change: change.drop_hosts)])
-    _run(connection, _delete(events), [{"dropped": key} for key in each(lambda change: change.drop_events)])
+    _run(connection, _upsert(dialect, envs), [_env_row(env) for change in group for env in change.envs])
+    mine = ("host_id", "gone_at")  # of `placed` and `gone` alone
+    _run(connection, _upsert(dialect, vms, mine), [_vm_row(vm, cache) for change in group for vm in change.vms])
+    _run(connection, _upsert(dialect, hosts), [_row(host, _HOST_FIELDS) for change in group for host in change.hosts])
+    _run(connection, _upsert(dialect, events), [_row(event, _EVENT_FIELDS) for change in group for event in change.events])
+    _run(connection, _update(dialect, "host_id"), [{"vm": vm, "new": host} for change in group for vm, host in change.placed])
+    _run(connection, _update(dialect, "gone_at"), [{"vm": vm, "new": when} for change in group for vm, when in change.gone])
+    for table, drop in ((vms, "drop_vms"), (envs, "drop_envs"), (hosts, "drop_hosts"), (events, "drop_events")):
+        _run(connection, _delete(dialect, table), [{"dropped": key} for change in group for key in getattr(change, drop)])
 
 
 # ---- statements: making one costs more than running it
 
 
-def _run(connection: sa.Connection, statement: sa.Executable, rows: list[dict[str, Any]]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Sql:
+    """A statement's text for one dialect; `fields` in the order of its parameters, None where they have names."""
+
+    text: str
+    fields: tuple[str, ...] | None
+
+
+def _run(connection: sa.Connection, sql: _Sql, rows: list[dict[str, Any]]) -> None:
     if rows:
-        connection.execute(statement, rows)
+        fields = sql.fields
+        connection.exec_driver_sql(sql.text, [tuple([row[name] for name in fields]) for row in rows] if fields else rows)
 
 
-@functools.cache
-def _upsert(dialect: str, table: sa.Table, keep: tuple[str, ...] = ()) -> sa.Executable:
-    insert = postgresql_insert if dialect == "postgresql" else sqlite_insert
+def _compiled(statement: sa.ClauseElement, dialect: sa.Dialect) -> _Sql:
+    compiled = cast(SQLCompiler, statement.compile(dialect=dialect))
+    return _Sql(str(compiled), tuple(compiled.positiontup or ()) if compiled.positional else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _upsert(dialect: sa.Dialect, table: sa.Table, keep: tuple[str, ...] = ()) -> _Sql:
+    insert = postgresql_insert if dialect.name == "postgresql" else sqlite_insert
     statement = insert(table)
     key = [column.name for column in table.primary_key]
     changed = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in key and c.name not in keep}
-    return statement.on_conflict_do_update(index_elements=key, set_=changed)
+    return _compiled(statement.on_conflict_do_update(index_elements=key, set_=changed), dialect)
 
 
-@functools.cache
-def _update(column: str) -> sa.Executable:
-    return sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")})
+@functools.lru_cache(maxsize=64)
+def _update(dialect: sa.Dialect, column: str) -> _Sql:
+    return _compiled(sa.update(vms).where(vms.c.id == sa.bindparam("vm")).values({column: sa.bindparam("new")}), dialect)
 
 
-@functools.cache
-def _delete(table: sa.Table) -> sa.Executable:
+@functools.lru_cache(maxsize=64)
+def _delete(dialect: sa.Dialect, table: sa.Table) -> _Sql:
     (key,) = table.primary_key
-    return sa.delete(table).where(key == sa.bindparam("dropped"))
+    return _compiled(sa.delete(table).where(key == sa.bindparam("dropped")), dialect)
 
 
 @functools.cache

@@ -244,11 +244,11 @@ class Agent:
             raise Refused(409, "foreign_vm", f"VM {entry.id} belongs to cluster {entry.cluster}")
 
     def _check_room(self, request: CreateVmReq) -> None:
-        resource = self.info().resource
+        host, held = self.host, [entry.request for entry in self.entries.values() if entry.record is not None]
         if (
-            resource.cpu_used + request.cpu > resource.cpu_total
-            or resource.mem_used + request.mem > resource.mem_total
-            or resource.disk_used + request.disk > resource.disk_total
+            sum(r.cpu for r in held) + request.cpu > host.cpu
+            or sum(r.mem for r in held) + request.mem > host.mem
+            or sum(r.disk for r in held) + request.disk > host.disk
         ):
             raise Refused(507, "does_not_fit", f"VM {request.vm_id} does not fit on host {self.host.name}")
 
@@ -422,7 +422,13 @@ class Agent:
         if face == entry.face:
             return
         request, lease = entry.request, entry.record.lease if entry.record else None
+        is_same_vm = entry.shown is not None and entry.face and entry.face[-1] == face[-1]
         entry.face = face
+        if entry.shown is not None and is_same_vm:
+            news = {"state": state, "reason": reason, "message": message, "step": entry.step}
+            entry.shown = entry.shown.model_copy(update=news)
+            self._changed()
+            return
         entry.shown = AgentVm.model_construct(
             id=entry.id,
             env_id=request.env_id,

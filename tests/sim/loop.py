@@ -28,18 +28,14 @@ def current_process() -> Process:
 class Handle:
     """A callback to come. asyncio's own does more than a loop in one thread needs, and schedules make them by the million."""
 
-    __slots__ = ("_args", "_callback", "_context", "cancelled_", "when_")
+    __slots__ = ("args", "callback", "cancelled_", "context", "when_")
 
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None, when: float) -> None:
-        self._callback = callback
-        self._args = args
-        self._context = context if context is not None else copy_context()
+        self.callback = callback
+        self.args = args
+        self.context = context if context is not None else copy_context()
         self.cancelled_ = False
         self.when_ = when
-
-    def run(self) -> None:
-        """Calls it."""
-        self._context.run(self._callback, *self._args)
 
     def cancel(self) -> None:
         """It will not be called."""
@@ -87,7 +83,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             while ready:
                 handle = ready.popleft()
                 if not handle.cancelled_:
-                    handle.run()
+                    handle.context.run(handle.callback, *handle.args)
         except Exception as error:
             self._on_error("a callback failed", error)
             return False
