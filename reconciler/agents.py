@@ -1,18 +1,16 @@
-"""The httpx client of one agent's API: typed calls, typed failures. The only module here that knows HTTP."""
+"""The client of one agent's API: typed calls, typed failures. The only module here that knows HTTP."""
 
 from __future__ import annotations
 
-import functools
 import os
-import ssl
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 import orjson
-from httpx_aiohttp import AiohttpTransport
 from pydantic import TypeAdapter, ValidationError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from yarl import URL
 
 from specs.names import ClusterId, VmId
 from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, CreateVmReq
@@ -70,17 +68,27 @@ class AgentClient:
 
     def __init__(self, addr: str, cluster: ClusterId, term: int, api_key: str | None) -> None:
         self.addr = addr
-        headers = {CLUSTER_HEADER: cluster, TERM_HEADER: str(term)}
+        self._headers = {CLUSTER_HEADER: cluster, TERM_HEADER: str(term)}
         if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
-        self._headers = headers
-        self._urls = {path: httpx.URL(f"http://{addr}{path}") for path in ("/api/vms", "/api/info")}
-        # The transport alone: httpx's client, with its redirects, cookies and merging of URLs, costs as much as the call.
-        self._http = AiohttpTransport(verify=_tls(), trust_env=False, limits=httpx.Limits(max_connections=None))
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._urls = {path: URL(f"http://{addr}{path}") for path in ("/api/vms", "/api/info")}
+        self._session: aiohttp.ClientSession | None = None  # it belongs to an event loop from its beginning
 
     async def close(self) -> None:
         """Drops all connections."""
-        await self._http.aclose()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._headers,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+            )
+        return self._session
 
     async def info(self) -> AgentInfo:
         """What the agent says of itself. Raises AgentFailure; tried twice."""
@@ -147,27 +155,26 @@ class AgentClient:
     async def _send(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, limit: float, prefer: str = ""
     ) -> dict[str, Any]:
-        headers = {**self._headers, "Prefer": prefer} if prefer else dict(self._headers)
+        headers = {"Prefer": prefer} if prefer else {}
         content = None
         if body is not None:
             content = orjson.dumps(body)
             headers["Content-Type"] = "application/json"
+        url = self._urls.get(path) or URL(f"http://{self.addr}{path}", encoded=True)
+        limits = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT, sock_read=limit)
         try:
-            url = self._urls.get(path) or httpx.URL(f"http://{self.addr}{path}")
-            limits = httpx.Timeout(limit, connect=CONNECT_TIMEOUT, pool=None)
-            request = httpx.Request(method, url, headers=headers, content=content, extensions={"timeout": limits.as_dict()})
-            response = await self._http.handle_async_request(request)
-            try:
+            async with self._http().request(
+                method, url, headers=headers, data=content, timeout=limits, allow_redirects=False
+            ) as response:
                 raw = bytearray()
-                async for chunk in response.aiter_bytes():
+                while chunk := await response.content.readany():
                     raw += chunk
                     if len(raw) > MAX_REPLY:
+                        response.close()
                         raise BadReply(f"{self.addr} answered more than {MAX_REPLY} bytes to {method} {path}")
-            finally:
-                await response.aclose()
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{method} http://{self.addr}{path}: {_cause(error)}") from error
-        return self._envelope(method, path, response.status_code, bytes(raw))
+        return self._envelope(method, path, response.status, bytes(raw))
 
     def _envelope(self, method: str, path: str, status: int, raw: bytes) -> dict[str, Any]:
         try:
@@ -179,12 +186,6 @@ class AgentClient:
         if answer["ok"] and 200 <= status < 300:
             return answer
         raise Refused(status, str(answer.get("code", "")), str(answer.get("error", f"HTTP {status}"))[:4000])
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    """One for all clients: reading the certificates takes longer than a thousand calls, and half a megabyte."""
-    return httpx.create_ssl_context(trust_env=False)
 
 
 def _parse(model: type[M], data: object, addr: str) -> M:
@@ -201,12 +202,12 @@ def _short(error: Exception) -> str:
     return str(error)[:300]
 
 
-def _cause(error: httpx.HTTPError) -> str:
-    system = getattr(error.__cause__, "os_error", None)  # aiohttp's, which the transport passes off as a time-out
-    if isinstance(system, OSError) and system.errno:
-        return os.strerror(system.errno).lower()
-    if isinstance(error, httpx.ConnectTimeout):
+def _cause(error: Exception) -> str:
+    system = getattr(error, "os_error", error)
+    if isinstance(system, OSError) and system.errno:  # negative where a name was not found (getaddrinfo(3))
+        return (os.strerror(system.errno) if system.errno > 0 else str(system.strerror)).lower()
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
         return f"no connection within {CONNECT_TIMEOUT:g} s"
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, TimeoutError):
         return "no answer in time"
     return str(error) or type(error).__name__
