@@ -11,7 +11,7 @@ from agent.errors import AgentError
 from agent.machine import EngineState, Machine, Running
 from agent.records import Power, VmRecord
 from specs.names import ClusterId, Engine, VmId
-from specs.wire import AgentVm, CreateVmReq
+from specs.wire import AgentVm, CreateVmReq, Readiness
 
 NO_CLUSTER = ClusterId("")
 
@@ -62,6 +62,10 @@ class Entry:
     start_error: str = ""
     removal_error: str = ""
     warnings: tuple[str, ...] = ()
+    readiness: Readiness | None = None
+    probed_pid: int | None = None
+    """The process `readiness` is about."""
+    probing: asyncio.Task[None] | None = None
 
     shown: AgentVm | None = None
     shown_json: bytes = b""
@@ -103,6 +107,7 @@ def shown_vm(entry: Entry, host_id: str) -> AgentVm:
     """The VM as clients see it."""
     request, record = entry.request, entry.record
     lease = record.lease if record else None
+    condition = _condition(entry)
     return AgentVm(
         id=entry.id,
         env_id=request.env_id if request else "",
@@ -119,8 +124,19 @@ def shown_vm(entry: Entry, host_id: str) -> AgentVm:
         spec_hash=request.spec_hash if request else "",
         step=entry.step,
         warnings=entry.warnings,
-        **_condition(entry),
+        ready=_readiness(entry) if condition["state"] == "running" else None,
+        **condition,
     )
+
+
+def _readiness(entry: Entry) -> Readiness | None:
+    if entry.request is None or entry.request.ready is None or entry.readiness is not None:
+        return entry.readiness
+    # Nobody has looked since the agent began: nothing said here would read as a VM that need not answer.
+    mark = entry.record.ready if entry.record else None
+    if mark is not None:
+        return Readiness(status=True, reason="Answered", since=mark.since)
+    return Readiness(status=False, reason="Probing", message="the guest has not been probed yet", since=entry.created_at)
 
 
 def _condition(entry: Entry) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from agent.errors import AgentError, Conflict
 from agent.inventory import Inventory
 from agent.lifecycle import Lifecycle, as_agent_error
 from agent.machine import Running
+from agent.readiness import Watcher
 from agent.records import Power, VmRecord
 
 log = structlog.get_logger(__name__)
@@ -31,10 +32,11 @@ class Stopping(AgentError):
 class Operations:
     """Starts operations and lets several callers wait for the same one. `grace` is how long a guest may take to power down."""
 
-    def __init__(self, inventory: Inventory, life: Lifecycle, grace: timedelta) -> None:
+    def __init__(self, inventory: Inventory, life: Lifecycle, grace: timedelta, watcher: Watcher) -> None:
         self._inventory = inventory
         self._life = life
         self._grace = grace
+        self._watcher = watcher
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -96,6 +98,13 @@ class Operations:
         if not entry.recorded.is_set():
             await self.join(creation, f"VM {entry.id} was deleted while it was being created")
 
+    async def look(self, entry: Entry) -> None:
+        """Asks the engine how the VM is, has its guest probed if it newly runs, and shows that. The caller holds the lock."""
+        await self._life.look(entry)
+        if (probing := self._watcher.follow(entry)) is not None:
+            entry.probing = self.spawn(probing, f"probe {entry.id}")
+        self._inventory.publish(entry)
+
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Runs work of the runtime in the background, until `close` at the latest."""
         task = asyncio.create_task(work, name=name)
@@ -128,8 +137,7 @@ class Operations:
             async with entry.lock:
                 await self._life.build(entry)
                 entry.step = ""
-                await self._life.look(entry)
-                self._inventory.publish(entry)
+                await self.look(entry)
         except Exception as error:
             verdict = self._known(error, f"creating VM {entry.id}")
             log.warning("create_failed", vm_id=entry.id, step=entry.step, why=verdict.message)
@@ -167,8 +175,7 @@ class Operations:
             failure.__cause__ = error if failure is not error else None
         entry.start_error = failure.message if failure and power == "running" else ""
         entry.step = ""
-        await self._life.look(entry)
-        self._inventory.publish(entry)
+        await self.look(entry)
         if failure:
             log.warning("power_failed", vm_id=entry.id, power=power, why=failure.message)
             raise failure
@@ -203,6 +210,7 @@ class Operations:
     async def _dismantle(self, entry: Entry) -> bool:
         """Whether everything is gone. If not, `removal_error` says why, and address and ports stay reserved."""
         self._inventory.note_step(entry, "deleting")
+        self._watcher.forget(entry)
         try:
             if entry.record is not None and not entry.record.deleting and entry.recorded.is_set():
                 await self._life.save(entry, entry.record.model_copy(update={"deleting": True}))
@@ -222,8 +230,7 @@ class Operations:
         async with entry.lock:
             entry.look_wanted = False  # an exit from here on asks for another look
             if entry.record is not None and entry.record.complete:
-                await self._life.look(entry)
-                self._inventory.publish(entry)
+                await self.look(entry)
 
     @staticmethod
     def _known(error: Exception, tried: str) -> AgentError:

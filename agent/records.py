@@ -35,6 +35,15 @@ _MAX_RECORD = 4 * 1024 * 1024  # bytes; a request is at most 1 MiB of JSON
 Power = Literal["running", "stopped"]
 
 
+class ReadyMark(BaseModel):
+    """That a VM's process has answered its probe, and since when (Unix seconds): a new agent need not ask again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    since: int
+
+
 class VmRecord(BaseModel):
     """Everything the agent must remember of one VM; what is really there is asked of the drivers.
 
@@ -53,6 +62,7 @@ class VmRecord(BaseModel):
     complete: bool = False
     power: Power = "running"
     deleting: bool = False
+    ready: ReadyMark | None = None
 
     @property
     def id(self) -> VmId:

@@ -24,6 +24,7 @@ from agent.machine import StreamFormat
 from agent.network.base import Network
 from agent.network.pool import DEFAULT_PORT_RANGE
 from agent.operations import Operations
+from agent.readiness import GuestProbe, Watcher, check_ready, probe_guest
 from agent.records import Power, Records, Terms
 from agent.rules import Rules
 from agent.storage.base import Storage
@@ -48,6 +49,7 @@ class Drivers:
     storage: Storage
     network: Network
     refused: Mapping[EngineKind, str] = field(default_factory=dict)
+    probe: GuestProbe = probe_guest
 
 
 class Runtime:
@@ -92,7 +94,9 @@ class Runtime:
             gates=gates,
             on_step=self._inventory.note_step,
         )
-        self._operations = Operations(self._inventory, life, stop_grace)
+        self._network = drivers.network
+        watcher = Watcher(self._inventory, life, drivers.network, drivers.probe, now)
+        self._operations = Operations(self._inventory, life, stop_grace, watcher)
         self._upkeep = Upkeep(
             engines=self._engines,
             refused=self._refused,
@@ -184,7 +188,9 @@ class Runtime:
                 return await self._existing(entry, request, wait=wait)
             await self._operations.remove(entry)
             self._check_term(caller)  # a newer controller may have called while this waited
-        entry = self._inventory.reserve(request, caller, self._engine_for(request).check(request))
+        warnings = self._engine_for(request).check(request)
+        check_ready(request, self._network)
+        entry = self._inventory.reserve(request, caller, warnings)
         creation = self._operations.create(entry, forget=wait)
         if wait:
             await self._operations.join(creation, _GONE.format(entry.id))

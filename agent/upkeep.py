@@ -111,8 +111,7 @@ class Upkeep:
             if entry.record is not None and not entry.is_going:
                 if not entry.warnings:
                     entry.warnings = self._warnings(entry)
-                await self._life.look(entry)
-                self._inventory.publish(entry)
+                await self._operations.look(entry)
 
     def _warnings(self, entry: Entry) -> tuple[str, ...]:
         engine = self._engines.get(entry.engine)

@@ -106,6 +106,8 @@ class Views:
 
     def _vm_conditions(self, vm: VmIntent, status: VmStatus, progress: Progress) -> tuple[Condition, ...]:
         settled = progress.settled and vm.desired != "absent"
+        there = self._last_report(vm)
+        probed = there.ready if there is not None and vm.desired == "running" else None
         return (
             Condition(
                 type="Placed",
@@ -117,7 +119,7 @@ class Views:
             Condition(
                 type="Ready",
                 status=settled and status.phase == "ready",
-                reason=status.phase.capitalize(),
+                reason=probed.reason if probed else status.phase.capitalize(),
                 message=explain_vm(vm, progress, _utc),
                 since=progress.since,
             ),
@@ -193,6 +195,8 @@ class Views:
             if held_up and (sentence := explain_vm(vm, progress, _utc)):
                 lines.append(f"{vm.name}: {sentence}")
             lines += [f"{vm.name}: {line}" for line in (there.warnings if there else ())]
+            if vm.spec.ready and there is not None and there.state == "running" and there.ready is None:
+                lines.append(f"{vm.name}: host {vm.host_id} cannot probe a guest; it counts as ready while its process runs")
         return list(dict.fromkeys(lines))
 
     # ---- hosts

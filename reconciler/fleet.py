@@ -556,4 +556,5 @@ def _present(vm: AgentVm) -> Present:
         ports=vm.port_map,
         cluster_id=vm.cluster_id,
         warnings=vm.warnings,
+        ready=vm.ready,
     )

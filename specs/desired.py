@@ -66,6 +66,45 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def parse_timeout(value: object) -> object:
+    """Turns a duration such as "90s" or "2m" into seconds; raises ValueError on other texts. Other types pass through."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if not match:
+            raise ValueError('must be seconds, or a duration such as "90s" or "2m"')
+        return int(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+class HttpProbe(Request):
+    """GET `path` on a guest port; a status from 200 to 399 counts."""
+
+    port: Port = 80
+    path: Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)] = "/"
+
+
+class Ready(Request):
+    """What must answer inside the guest before a VM counts as ready: exactly one probe. `timeout` in seconds from its boot."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    tcp: Port | None = None
+    ssh_banner: Port | None = Field(default=None, alias="ssh-banner")
+    http: HttpProbe | None = None
+    timeout: Annotated[int, BeforeValidator(parse_timeout), Field(ge=1, le=86400, strict=True)] = 60
+
+    @model_validator(mode="after")
+    def _one_probe(self) -> Self:
+        if sum(probe is not None for probe in (self.tcp, self.ssh_banner, self.http)) != 1:
+            raise ValueError("ready needs exactly one of tcp, ssh-banner and http")
+        return self
+
+    @property
+    def port(self) -> int:
+        """The guest port that is probed."""
+        return self.tcp or self.ssh_banner or (self.http.port if self.http else 0)
+
+
 class VmSpec(Request):
     """One VM or container, or `count` equal ones. Sizes in MiB."""
 
@@ -83,6 +122,8 @@ class VmSpec(Request):
     spread: Spread = "pack"
     host_labels: dict[Name, Label] = Field(default_factory=dict)
     user_data: UserData = ""
+    ready: Ready | None = None
+    """None: ready once its process runs."""
 
     @model_validator(mode="after")
     def _image_suits_engine(self) -> Self:
@@ -204,6 +245,8 @@ def spec_hash(vm: VmSpec, env_keys: tuple[str, ...]) -> str:
     `count`, `name`, `spread`, `restart` and `host_labels` are the controller's business alone and do not count.
     """
     parts = vm.model_dump(mode="json", include={"image", "engine", "cpu", "mem", "disk", "deny_outgoing", "user_data"})
+    if vm.ready is not None:
+        parts["ready"] = vm.ready.model_dump(mode="json")
     parts["ports"] = vm.all_ports
     parts["ssh_keys"] = sorted({*env_keys, *vm.ssh_keys})
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))

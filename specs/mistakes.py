@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from specs.desired import EnvSpec, HostSpec, VmSpec
+from specs.desired import EnvSpec, HostSpec, HttpProbe, Ready, VmSpec
 from specs.yaml_nodes import Mapping, Path, Scalar, Sequence, locate
 
 # What others call our fields and spelling distance does not find.
@@ -76,6 +76,9 @@ def _of_field(loc: Path, message: str, body: Mapping) -> tuple[Path, str]:
 
 def _unknown(loc: Path, model: type[BaseModel]) -> str:
     name = str(loc[-1])
+    if len(loc) > 3 and loc[2] == "ready":
+        known = HttpProbe.model_fields if "http" in loc[3:-1] else [spelt.replace("_", "-") for spelt in Ready.model_fields]
+        return f"is not a known field{did_you_mean(name, known)}"
     here: type[BaseModel] = VmSpec if len(loc) == 3 else model
     if here is VmSpec and name in EnvSpec.model_fields:
         return "belongs to the environment, not to a VM"

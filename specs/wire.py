@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from specs.desired import Port, Quantity, UserData
+from specs.desired import Port, Quantity, Ready, UserData
 from specs.names import EngineName, Name, SshKey, Storage, StorageName, check_docker_reference, check_name
 
 VmState = Literal["running", "stopped", "paused", "creating", "failed"]
@@ -35,6 +35,19 @@ class Resource(Message):
     disk_total: U32 = 0
     disk_used: U32 = 0
     vm_count: U32 = 0
+
+
+class Readiness(Message):
+    """Whether a running VM answers as its spec's `ready` wants, and since when that is so or not.
+
+    `reason` is `Probing` until it answers, `TimedOut` once `ready.timeout` has passed (probing goes on), `Answered` from the
+    first answer until the VM's process ends.
+    """
+
+    status: bool
+    reason: Literal["Probing", "TimedOut", "Answered"]
+    message: str = ""
+    since: int = 0
 
 
 class AgentVm(Message):
@@ -66,6 +79,8 @@ class AgentVm(Message):
     pid: int | None = None
     step: str = ""
     warnings: tuple[str, ...] = ()
+    ready: Readiness | None = None
+    """None for a VM that does not run, or of which nobody asked more than that its process runs."""
 
 
 class UnknownVm(AgentVm):
@@ -108,6 +123,7 @@ class CreateVmReq(BaseModel):
     name: Name | None = None
     user_data: UserData = ""
     spec_hash: str = ""
+    ready: Ready | None = None
 
     @model_validator(mode="after")
     def _image_suits_engine(self) -> CreateVmReq:
@@ -120,7 +136,7 @@ class CreateVmReq(BaseModel):
     def wire(self) -> dict[str, Any]:
         """The JSON object to send: the reference's fields always, ours only when they say something."""
         body = self.model_dump(mode="json")
-        for ours in ("name", "user_data", "spec_hash"):
+        for ours in ("name", "user_data", "spec_hash", "ready"):
             if not body[ours]:
                 del body[ours]
         return body

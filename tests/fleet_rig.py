@@ -13,6 +13,7 @@ import httpx
 from agent.engines.fake import FakeEngine, FakeEngines
 from agent.main import Agent
 from agent.network.fake import FakeHost, FakeNetwork
+from agent.readiness import GuestProbe, Target
 from agent.runtime import Drivers
 from agent.settings import AgentSettings
 from agent.storage.fake import FakeDisks
@@ -35,6 +36,11 @@ def env(env_id: str = "web", *vms: dict[str, Any], **changes: Any) -> dict[str, 
     return {"id": env_id, "ssh_keys": [KEY], "vms": list(vms) or [vm()], **changes}
 
 
+async def answers_at_once(target: Target, limit: float) -> str:
+    """A guest without a network that counts as ready."""
+    return ""
+
+
 @dataclass
 class FakeHostMachine:
     """A machine with an agent: what it runs survives the agent's end."""
@@ -49,6 +55,7 @@ class FakeHostMachine:
     agent: Agent | None = None
     addr: str = "127.0.0.1:0"
     port_range: tuple[int, int] = (20000, 32767)
+    probe: GuestProbe = answers_at_once
 
     async def boot(self) -> None:
         """Starts the agent, on the same port as before."""
@@ -62,7 +69,8 @@ class FakeHostMachine:
             port_range=self.port_range,
         )
         engines = {Engine.QEMU: FakeEngine(self.machines), Engine.DOCKER: FakeEngine(self.containers, Engine.DOCKER)}
-        self.agent = Agent(settings, drivers=Drivers(engines, FileBackedFake(self.disks), FakeNetwork(self.network), {}))
+        drivers = Drivers(engines, FileBackedFake(self.disks), FakeNetwork(self.network), {}, self.probe)
+        self.agent = Agent(settings, drivers=drivers)
         await self.agent.start()
         self.addr = self.agent.url.removeprefix("http://")
 

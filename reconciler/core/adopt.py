@@ -106,7 +106,7 @@ def condemned(vm: AgentVm, host_id: HostId, now: int) -> VmIntent:
 
 def _entry(vm: AgentVm, request: CreateVmReq | None, name: str | None, env_keys: Collection[str]) -> VmSpec:
     if request is not None:
-        told = request.model_dump(include={"image", "engine", "cpu", "mem", "disk", "deny_outgoing", "user_data"})
+        told = request.model_dump(include={"image", "engine", "cpu", "mem", "disk", "deny_outgoing", "user_data", "ready"})
         ports = [port for port in request.ports if port != 22]
         return VmSpec(**told, ports=ports, name=name, ssh_keys=[key for key in request.ssh_keys if key not in env_keys])
     told = vm.model_dump(include={"image", "engine", "cpu", "mem", "disk"})

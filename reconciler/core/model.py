@@ -9,7 +9,7 @@ from typing import Literal
 from reconciler.core.events import Event
 from specs.desired import EnvSpec, VmSpec
 from specs.names import EnvId, HostId, VmId
-from specs.wire import Phase, VmState
+from specs.wire import Phase, Readiness, VmState
 
 Power = Literal["running", "stopped"]
 Desired = Literal["running", "stopped", "absent"]
@@ -76,6 +76,7 @@ class Present:
     ports: Mapping[str, int] = field(default_factory=dict)
     cluster_id: str = ""
     warnings: tuple[str, ...] = ()
+    ready: Readiness | None = None
 
 
 @dataclass(frozen=True, slots=True)

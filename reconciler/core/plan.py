@@ -81,7 +81,7 @@ def _unplaced(intent: VmIntent) -> Step:
 
 def _toward_running(intent: VmIntent, seen: Present) -> Step:
     if seen.state == "running":
-        return Done("ready", seen.message)
+        return _once_it_answers(seen)
     if seen.state == "creating":
         return Wait(f"the host is at step {seen.step}" if seen.step else "the host is creating it")
     if seen.reason == CREATE_FAILED:
@@ -93,6 +93,16 @@ def _toward_running(intent: VmIntent, seen: Present) -> Step:
     if seen.reason == EXITED and intent.spec.restart != "always":
         return Done("stopped", f"the guest powered itself off; restart is {intent.spec.restart}")
     return Start()
+
+
+def _once_it_answers(seen: Present) -> Step:
+    """A host that tells nothing of readiness was not asked to probe, or is a plain one: its running process must do."""
+    if seen.ready is None or seen.ready.status:
+        return Done("ready", seen.message)
+    return Wait(
+        seen.ready.message or "the guest does not answer yet",
+        phase="degraded" if seen.ready.reason == "TimedOut" else "progressing",
+    )
 
 
 def _toward_stopped(seen: Present) -> Step:

@@ -375,4 +375,5 @@ def _create_request(intent: VmIntent, *, ours: bool) -> CreateVmReq:
         name=intent.name if ours else None,
         user_data=spec.user_data,
         spec_hash=intent.spec_hash if ours else "",
+        ready=spec.ready if ours else None,
     )

@@ -80,6 +80,26 @@ async def test_a_vm_outlives_its_agent_and_leaves_nothing_when_deleted(short: Pa
     assert sorted(path.name for path in (short / "vms").iterdir()) == [".lock"]
 
 
+async def test_a_real_guest_is_ready_once_its_sshd_speaks_and_not_before(short: Path, tiny: Path) -> None:  # noqa: F811
+    body = {"vm_id": "vm-a", "env_id": "e", "image": "tiny", "engine": "qemu", "cpu": 1, "mem": 128, "disk": 512}
+    agent = Agent(settings(short, image_dir=tiny.parent))
+    await agent.start()
+    async with httpx.AsyncClient(base_url=agent.url, trust_env=False, timeout=60) as client:
+        refused = await client.post("/api/vms", json={**body, "ready": {"tcp": 22}})
+        assert (refused.status_code, "accepts connections in the guest's place" in refused.text) == (422, True)
+        created = await client.post("/api/vms", json={**body, "ready": {"ssh-banner": 22, "timeout": 600}})
+        ready = created.json()["data"]["vm"]["ready"]
+        assert (ready["status"], ready["reason"]) == (False, "Probing"), "QEMU's forward accepts from the first moment on"
+        await until(lambda: agent.runtime.get("vm-a").ready.status, limit=60)  # type: ignore[union-attr]
+        port = agent.runtime.get("vm-a").port_map["22"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert (await reader.readline()).startswith(b"SSH-")
+        writer.close()
+        await writer.wait_closed()
+        await client.delete("/api/vms/vm-a")
+    await agent.stop()
+
+
 async def test_serving_says_when_it_is_ready_and_ends_on_sigterm(short: Path) -> None:
     urls: list[str] = []
     serving = asyncio.create_task(serve(settings(short), ready=urls.append))

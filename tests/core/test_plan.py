@@ -28,9 +28,13 @@ from reconciler.core.model import (
 )
 from reconciler.core.plan import plan_vm
 from specs.desired import VmSpec
+from specs.wire import Readiness
 from tests.core.worlds import CLUSTER, intents, observations, presents, retries, vm_intent
 
 NEVER_TRIED = Retry()
+ANSWERED = Readiness(status=True, reason="Answered")
+PROBING = Readiness(status=False, reason="Probing", message="no answer yet")
+TIMED_OUT = Readiness(status=False, reason="TimedOut", message="no answer in time")
 
 
 def plan(intent: VmIntent, seen: Observation, retry: Retry = NEVER_TRIED, now: float = 1000.0) -> Step:
@@ -113,6 +117,10 @@ def test_an_obedient_host_reaches_what_is_wanted_and_then_is_left_in_peace(inten
         ("always", Present("paused"), Start()),
         ("always", Present("creating", step="disk"), Wait("the host is at step disk")),
         ("always", Present("running"), Done("ready")),
+        ("always", Present("running", ready=ANSWERED), Done("ready")),
+        ("always", Present("running", ready=PROBING), Wait("no answer yet")),
+        ("always", Present("running", ready=TIMED_OUT), Wait("no answer in time", phase="degraded")),
+        ("never", Present("stopped", "crashed", "killed"), Done("degraded", "killed; restart is never")),
         ("always", Absent(), Create()),
     ],
 )

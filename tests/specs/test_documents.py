@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specs.desired import EnvSpec, HostSpec, VmSpec
+from specs.desired import EnvSpec, HostSpec, Ready, VmSpec
 from specs.documents import Document, SpecErrors, dump, load, load_all, read_source
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBvXp0aHVzdGVyZXhhbXBsZWtleWZvcnRlc3RzMDA you@laptop"
@@ -55,6 +55,14 @@ def test_an_entry_takes_the_fields_of_another_and_its_own_win() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "id: a\nvms:\n  - image: t\n    engine: docker\n    ready: {ssh_baner: 22}\n",
+            "5:13: vms.0.ready.ssh_baner: is not a known field; did you mean 'ssh-banner'?",
+        ),
+        (
+            "id: a\nvms:\n  - image: t\n    engine: docker\n    ready: {timeout: 9s}\n",
+            "5:5: vms.0.ready: needs exactly one of tcp, ssh-banner and http",
+        ),
         (
             "id: a\nvms:\n  - image: t\n    engine: docker\n    port: [80]\n",
             "5:5: vms.0.port: is not a known field; did you mean 'ports'?",
@@ -336,6 +344,7 @@ machines = st.builds(
     restart=st.sampled_from(["always", "on-failure", "never"]),
     spread=st.sampled_from(["pack", "hosts"]),
     host_labels=st.dictionaries(names, labels, max_size=2),
+    ready=st.none() | st.builds(Ready, ssh_banner=st.integers(1, 65535), timeout=st.integers(1, 100)),
     user_data=st.text(st.characters(exclude_categories=("Cs",)), max_size=60) | st.text("a #:-\n\t\r'\"\\|>", max_size=20),
 )
 environments = st.builds(
