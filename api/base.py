@@ -12,9 +12,11 @@ import orjson
 from api.hub import Hub, TooOld
 from api.lists import Lists
 from api.views import Views
+from reconciler.core.place import Placement, predict
 from reconciler.loop.controller import Controller
 from reconciler.loop.intents import Clash, NoSuch, StaleGeneration
 from reconciler.store.database import StoreUnavailable
+from specs.desired import EnvSpec
 from specs.failures import Failure
 from specs.http import Handler
 from specs.operations import BadParameter, Param
@@ -115,6 +117,25 @@ class ApiHandler(Handler):
 
         await self.hub.until(reached, seconds)
         self.set_header("Preference-Applied", f"wait={seconds:g}")
+
+    def preview(self, spec: EnvSpec) -> list[dict[str, Any]]:
+        """What applying a spec would do, as PlanLines."""
+        change = self.controller.intents.preview(spec)
+        new = {vm.name: vm for vm in change.put if vm.desired != "absent" and vm.id not in self.controller.fleet.vms}
+        decisions = predict(cast(Any, spec.id), [vm.spec for vm in new.values()], self.controller.fleet.rooms())
+        where = dict(zip(new, decisions, strict=True))
+        lines = []
+        for line in change.plan:
+            item: dict[str, Any] = {"action": line.action, "name": line.name, "vm_id": line.vm_id, "fields": line.fields}
+            decision = where.get(line.name)
+            if isinstance(decision, Placement):
+                item["host"] = decision.host_id
+            elif decision is not None:
+                item["message"] = decision.sentence()
+            if line.action == "create":
+                item["vm_id"] = None
+            lines.append(item)
+        return lines
 
     def env_detail(self, env_id: str) -> dict[str, Any]:
         """EnvDetail as JSON. Raises NoSuch."""

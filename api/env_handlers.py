@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
 from api.base import CONTINUE, PREFER, WAIT, ApiHandler
 from api.lists import list_params, page
-from reconciler.core.place import Placement, predict
 from reconciler.loop.intents import parse_if_match
 from specs.desired import EnvSpec, ExtendReq
 from specs.failures import Failure, invalid
@@ -66,7 +65,7 @@ class EnvItem(ApiHandler):
         except ValueError as error:
             raise Failure(400, "invalid", str(error)) from None
         if self.asked.get("dry_run") == "true":
-            self.reply({"plan": self._preview(spec)})
+            self.reply({"plan": self.preview(spec)})
             return
         outcome = await self.controller.intents.put_env(spec, generation)
         await self.hold(env_id, seconds)
@@ -81,24 +80,6 @@ class EnvItem(ApiHandler):
             return EnvSpec.model_validate(content)
         except ValidationError as error:
             raise invalid(error) from None
-
-    def _preview(self, spec: EnvSpec) -> list[dict[str, Any]]:
-        change = self.controller.intents.preview(spec)
-        new = {vm.name: vm for vm in change.put if vm.desired != "absent" and vm.id not in self.controller.fleet.vms}
-        decisions = predict(cast(Any, spec.id), [vm.spec for vm in new.values()], self.controller.fleet.rooms())
-        where = dict(zip(new, decisions, strict=True))
-        lines = []
-        for line in change.plan:
-            item: dict[str, Any] = {"action": line.action, "name": line.name, "vm_id": line.vm_id, "fields": line.fields}
-            decision = where.get(line.name)
-            if isinstance(decision, Placement):
-                item["host"] = decision.host_id
-            elif decision is not None:
-                item["message"] = decision.sentence()
-            if line.action == "create":
-                item["vm_id"] = None
-            lines.append(item)
-        return lines
 
     @operation(fails=(404, 422, 503), query=(WAIT,), headers=PREFER)
     async def on_delete(self, env_id: str) -> None:

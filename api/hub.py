@@ -7,9 +7,12 @@ begin with the controller's term, so that a revision of an earlier process is ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import orjson
 
@@ -17,10 +20,13 @@ from api.bodies import Bodies
 from api.views import Views
 from reconciler.events import REVISION_BITS
 from reconciler.fleet import Fleet, Kind
-from specs.wire import Message
+from specs.names import EnvId, VmId
+from specs.wire import History, Message, Sample
 
 RING = 8192  # changes kept
 KEEP_ALIVE = 10.0  # seconds
+LINGER = 60.0  # seconds changes are still kept once nobody watches any more, for a watcher that comes back
+_TOLD = 0  # the mark of what a snapshot told
 
 
 class TooOld(Exception):
@@ -44,6 +50,48 @@ class Hub:
         self._last: dict[tuple[Kind, str], int] = {}
         self._flush_due = False
         self._flushed = asyncio.Event()
+        self._watchers = 0
+        self._left_at = -LINGER
+        self._missed = False
+        self.closed = False
+        self.pulses = 0
+        """Grows with every pulse."""
+        self.pulse = b""
+        """The last frame of counts, told to those who ask for pulses."""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Counts a watcher in: without one nothing is serialised, and a revision of before is too old afterwards."""
+        self.flush()
+        if self._missed:
+            self._missed = False
+            self.revision += 1
+            self._ring.clear()
+            self._last.clear()
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            self._left_at = time.monotonic()
+
+    def close(self) -> None:
+        """Lets every watcher's stream end: the controller stops."""
+        self.closed = True
+        self._wake()
+
+    def beat(self, sample: Sample) -> None:
+        """Tells the counts, and how long ago each host was heard."""
+        self.pulses += 1
+        if self._watchers:
+            ages = {host.id: host.heartbeat_age for host in map(self._views.host, self._fleet.hosts.values())}
+            data = {"sample": sample.model_dump(), "heartbeats": ages}
+            self.pulse = b"event: pulse\ndata: %s\n\n" % orjson.dumps(data)
+            self._wake()
+
+    def history(self, history: History) -> bytes:
+        """The frame of everything counted so far."""
+        return b"event: history\ndata: %s\n\n" % history.model_dump_json().encode()
 
     def changed(self, kind: Kind, key: str) -> None:
         """Something visible of the object may differ; said to watchers with the next turn of the event loop."""
@@ -58,50 +106,61 @@ class Hub:
         """Serialises what is pending and wakes everybody who waits."""
         self._flush_due = False
         pending, self._pending = self._pending, {}
-        for kind, key in pending:
-            shown = self._shown(kind, key)
-            body = None if shown is None else orjson.dumps(_dump(shown))
-            mark = hash(body)
-            if body is None:
-                if self._last.pop((kind, key), None) is None:
-                    continue
-            elif self._last.get((kind, key)) == mark:
-                continue
-            elif kind != "event":  # an event tells something new whenever it is told, and is never gone
-                self._last[kind, key] = mark
-            self.revision += 1
-            data = b'{"revision":%d,"kind":"%s","id":%s,"object":%s}' % (
-                self.revision,
-                kind.encode(),
-                orjson.dumps(key),
-                body or b"null",
-            )
-            self._ring.append((self.revision, _frame("change", self.revision, data)))
+        if self._watchers or time.monotonic() - self._left_at < LINGER:
+            for kind, key in pending:
+                self._tell(kind, key)
+        elif pending:
+            self._missed = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._flushed.set()
         self._flushed = asyncio.Event()
 
-    def _shown(self, kind: Kind, key: str) -> Message | None:
+    def _tell(self, kind: Kind, key: str) -> None:
+        body = self._shown(kind, key)
+        mark = hash(body)
+        if body is None:
+            if self._last.pop((kind, key), None) is None:
+                return
+        elif self._last.get((kind, key)) == mark:
+            return
+        elif kind != "event":  # an event tells something new whenever it is told, and is never gone
+            self._last[kind, key] = mark
+        self.revision += 1
+        data = b'{"revision":%d,"kind":"%s","id":%s,"object":%s}' % (
+            self.revision,
+            kind.encode(),
+            orjson.dumps(key),
+            body or b"null",
+        )
+        self._ring.append((self.revision, _frame("change", self.revision, data)))
+
+    def _shown(self, kind: Kind, key: str) -> bytes | None:
         if kind == "vm":
-            return self._views.find_vm(key)
+            vm = self._fleet.vms.get(VmId(key))
+            return self.bodies.vm(vm).json if vm and not vm.gone_at else None
         if kind == "env":
-            return self._views.find_env(key)
+            env = self._fleet.envs.get(EnvId(key))
+            return self.bodies.env(env).json if env else None
         if kind == "event":
-            return self._views.find_event(key)
+            event = self._views.find_event(key)
+            return None if event is None else _json(event)
         host = self._views.find_host(key)
-        return host if host is not None and host.id == key else None
+        return _json(host) if host is not None and host.id == key else None
 
     def snapshot(self) -> bytes:
         """The frame a watcher begins with: the whole fleet at this revision."""
         self.flush()
-        data = orjson.dumps(
-            {
-                "revision": self.revision,
-                "hosts": [_dump(self._views.host(host)) for host in self._fleet.hosts.values()],
-                "envs": [_dump(self._views.env(env)) for env in self._fleet.envs.values()],
-                "vms": [_dump(self._views.vm(vm)) for vm in self._fleet.vms.values() if not vm.gone_at],
-            }
-        )
-        return _frame("snapshot", self.revision, data)
+        hosts = {host.shown_id: _json(self._views.host(host)) for host in self._fleet.hosts.values()}
+        envs = {env.id: self.bodies.env(env).json for env in self._fleet.envs.values()}
+        vms = {vm.id: self.bodies.vm(vm).json for vm in self._fleet.vms.values() if not vm.gone_at}
+        tables: tuple[tuple[Kind, dict[Any, bytes]], ...] = (("host", hosts), ("env", envs), ("vm", vms))
+        for kind, told in tables:
+            for key in told:  # its end must be told even if nothing was ever said of it but this
+                self._last.setdefault((kind, key), _TOLD)
+        lists = (b'"%ss":[%s]' % (kind.encode(), b",".join(told.values())) for kind, told in tables)
+        return _frame("snapshot", self.revision, b'{"revision":%d,%s}' % (self.revision, b",".join(lists)))
 
     def since(self, revision: int) -> list[tuple[int, bytes]]:
         """The frames after a revision, oldest first. Raises TooOld."""
@@ -131,9 +190,9 @@ class Hub:
         return True
 
 
-def _dump(message: Message) -> object:
+def _json(message: Message) -> bytes:
     # An age grows without anything having changed; watchers count it themselves.
-    return message.model_dump(mode="json", exclude={"heartbeat_age"}, exclude_none=True)
+    return message.model_dump_json(exclude={"heartbeat_age"}, exclude_none=True).encode()
 
 
 def _frame(event: str, revision: int, data: bytes) -> bytes:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 import structlog
 
 from api.base import explain
+from api.history import History
 from api.hub import Hub
 from api.routes import ROUTES
 from api.settings import ControllerSettings, SettingsError
 from api.views import Views
+from reconciler.fleet import Kind
 from reconciler.loop.controller import Controller
 from reconciler.loop.watchers import WatchSettings
 from reconciler.store.database import Database
@@ -67,23 +69,40 @@ class ControllerApp:
         write_marker(settings.data_dir, fleet.cluster)
         views = Views(fleet, self.controller.clock)
         self.hub = Hub(fleet, views, self.controller.term)
-        app = application(ROUTES, access=self._access, explain=explain, controller=self.controller, views=views, hub=self.hub)
+        self.history = History(fleet, views, self.controller.clock)
+        views.steps = self.history.steps
+        parts = {"controller": self.controller, "views": views, "hub": self.hub, "history": self.history}
+        app = application(ROUTES, access=self._access, explain=explain, **parts)
         self.server = Server.of(app)
+        self._pulse: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Begins to serve and to reconcile; returns the URL. Raises SettingsError if the address cannot be had."""
-        self.controller.fleet.changed = self.hub.changed
+        self.controller.fleet.changed = self._changed
         await self.controller.start()
         try:
             self.server.open(self._listen)
         except OSError as error:
             await self.controller.stop()
             raise SettingsError(f"cannot listen on {self._listen.host}:{self._listen.port}: {error.strerror}") from None
+        self._pulse = asyncio.create_task(self._beat(), name="pulse")
         return self.server.url
+
+    def _changed(self, kind: Kind, key: str) -> None:
+        self.history.changed(kind, key)
+        self.hub.changed(kind, key)
+
+    async def _beat(self) -> None:
+        while True:
+            self.hub.beat(self.history.sample())
+            await self.history.pause()
 
     async def stop(self) -> None:
         """Ends serving and reconciling; what runs on the hosts goes on."""
         self.server.stop()
+        if self._pulse is not None:
+            self._pulse.cancel()
+        self.hub.close()
         await self.controller.stop()
         await self.server.drain()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tornado.iostream import StreamClosedError
 from tornado.web import StaticFileHandler
 
 from api.base import ApiHandler
+from api.history import History
 from api.hub import KEEP_ALIVE, TooOld
 from reconciler.core.model import Change
 from specs.failures import Failure
@@ -28,7 +30,10 @@ class Watch(ApiHandler):
     tagged = False  # what is told is not the fleet's state
 
     @operation(
-        query=(Param("since", "Only changes after this revision.", kind="integer", says="a revision"),),
+        query=(
+            Param("since", "Only changes after this revision.", kind="integer", says="a revision"),
+            Param("pulse", "Also tell counts and heartbeats every few seconds.", values=("true", "false")),
+        ),
         fails=(410,),
         media="text/event-stream",
         headers={"Last-Event-ID": "As `since`, sent by browsers that connect again."},
@@ -41,28 +46,40 @@ class Watch(ApiHandler):
             if not re.fullmatch(r"[0-9]{1,18}", last_seen):
                 raise Failure(400, "invalid", "Last-Event-ID must be a revision")
             at = int(last_seen)
-        if at is not None:
-            self.hub.since(at)  # answers 410 while it still can
-        self._auto_finish = False  # there is nobody left to finish for once the client has gone
-        self.set_header("Content-Type", "text/event-stream")
-        self.set_header("X-Accel-Buffering", "no")
-        try:
-            if at is None:
-                self.write(self.hub.snapshot())
-                at = self.hub.revision
+        with self.hub.watching():
+            if at is not None:
+                self.hub.since(at)  # answers 410 while it still can
+            self._auto_finish = False  # there is nobody left to finish for once the client has gone
+            self.set_header("Content-Type", "text/event-stream")
+            self.set_header("X-Accel-Buffering", "no")
+            with contextlib.suppress(StreamClosedError):
+                with contextlib.suppress(TooOld):  # too slow to keep up: it resumes, is told 410, and begins anew
+                    await self._stream(at, has_pulses=self.asked.get("pulse") == "true")
+                await self.finish()
+
+    async def _stream(self, at: int | None, *, has_pulses: bool) -> None:
+        """Tells changes until the controller stops. Raises StreamClosedError, TooOld."""
+        hub = self.hub
+        pulses = hub.pulses
+        if has_pulses:
+            self.write(hub.history(cast(History, self.settings["history"]).shown()))
+        if at is None:
+            self.write(hub.snapshot())
+            at = hub.revision
+        await self.flush()
+        while not hub.closed:
+            frames = hub.since(at)
+            news = b"".join(frame for _, frame in frames)
+            if frames:
+                at = frames[-1][0]
+            if has_pulses and pulses != hub.pulses:
+                pulses, news = hub.pulses, news + hub.pulse
+            if not news:
+                if await hub.wait(KEEP_ALIVE):
+                    continue
+                news = b": keep-alive\n\n"
+            self.write(news)
             await self.flush()
-            while True:
-                frames = self.hub.since(at)
-                if frames:
-                    at = frames[-1][0]
-                    self.write(b"".join(frame for _, frame in frames))
-                elif not await self.hub.wait(KEEP_ALIVE):
-                    self.write(b": keep-alive\n\n")
-                await self.flush()
-        except StreamClosedError:
-            return
-        except TooOld:
-            await self.finish()  # too slow to keep up: it resumes, is told 410, and begins anew
 
 
 class Health(ApiHandler):

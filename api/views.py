@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from reconciler.core import events as core
@@ -9,6 +10,7 @@ from reconciler.core.explain import ACCEPTED, Progress, explain_vm
 from reconciler.core.model import EnvIntent, VmIntent
 from reconciler.fleet import DrainProgress, Fleet, HostState, VmStatus
 from reconciler.loop.clock import Clock
+from specs.documents import dump
 from specs.names import EnvId, HostId, Storage, VmId
 from specs.wire import (
     AgentVm,
@@ -16,12 +18,16 @@ from specs.wire import (
     Condition,
     Drain,
     Env,
+    EnvSpecText,
     Event,
     FleetStatus,
     Host,
     ImageInfo,
+    ObservedVm,
     Phase,
     Resource,
+    Sample,
+    Step,
     Vm,
     VmState,
 )
@@ -36,6 +42,8 @@ class Views:
         self._fleet = fleet
         self._clock = clock
         self._offset: float | None = None
+        self.steps: Callable[[str], tuple[Step, ...]] = lambda _: ()
+        """How a VM came to where it is."""
 
     def _unix(self, monotonic: float) -> int:
         """A monotonic time as Unix seconds, the same answer every time unless the wall clock was set anew."""
@@ -80,7 +88,55 @@ class Views:
             generation=vm.generation,
             observed_generation=vm.generation if settled else vm.generation - 1,
             conditions=self._vm_conditions(vm, status, progress),
+            steps=self.steps(vm.id),
         )
+
+    def step(self, vm: VmIntent) -> str:
+        """The last step a VM has reached on its way to what is desired."""
+        status = self._fleet.status.get(vm.id, VmStatus())
+        if vm.desired == "absent":
+            return "leaving"
+        if status.settled:
+            return status.phase
+        there = self._last_report(vm)
+        if there is not None and there.state == "failed":
+            return "failed"
+        if there is not None and there.step and there.step != "accepted":
+            return there.step
+        return "placed" if vm.host_id else "accepted"
+
+    def counts(self, at: int) -> Sample:
+        """The fleet's VMs, counted."""
+        desired = actual = unconverged = 0
+        for vm in self._fleet.vms.values():
+            if vm.gone_at:
+                continue
+            status = self._fleet.status.get(vm.id)
+            there = self._last_report(vm)
+            desired += vm.desired == "running"
+            actual += there is not None and there.state == "running"
+            unconverged += vm.desired == "absent" or status is None or not status.settled
+        return Sample(at=at, desired=desired, actual=actual, unconverged=unconverged)
+
+    def spec_text(self, env: EnvIntent) -> EnvSpecText:
+        """What is desired of an environment as YAML, beside what its hosts reported last."""
+        return EnvSpecText(
+            yaml=dump(env.spec),
+            generation=env.generation,
+            vms=tuple(self._observed(vm) for vm in self._fleet.env_vms(env.id) if vm.desired != "absent"),
+        )
+
+    def _observed(self, vm: VmIntent) -> ObservedVm:
+        there = self._last_report(vm)
+        spec = vm.spec
+        wanted = {"state": vm.desired, "engine": spec.engine, "image": spec.image, "cpu": spec.cpu, "mem": spec.mem}
+        wanted |= {"disk": spec.disk, "ports": sorted({22, *spec.ports})}
+        seen = None
+        if there is not None:
+            state = _state(vm, there)
+            seen = {"state": state, "engine": there.engine, "image": there.image, "cpu": there.cpu, "mem": there.mem}
+            seen |= {"disk": there.disk, "ports": sorted(int(port) for port in there.port_map if port.isdigit())}
+        return ObservedVm(id=vm.id, name=vm.name, host=vm.host_id or "", desired=wanted, observed=seen)
 
     def _progress(self, vm: VmIntent, status: VmStatus) -> Progress:
         env = self._fleet.envs.get(vm.env_id)

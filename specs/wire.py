@@ -187,6 +187,14 @@ class Host(Message):
     message: str = ""
 
 
+class Step(Message):
+    """What a VM reached when: `accepted`, `placed`, the agent's steps (`disk`, `network`, `prepare`, `booting`, …), `ready`."""
+
+    name: str
+    at_ms: int
+    """Unix milliseconds: a step may last less than a second."""
+
+
 class Vm(Message):
     """A VM as the controller answers it; the last group is ours."""
 
@@ -212,6 +220,7 @@ class Vm(Message):
     generation: int = 1
     observed_generation: int = 0
     conditions: tuple[Condition, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 class Env(Message):
@@ -297,6 +306,59 @@ class FleetStatus(Message):
     mem_used: int = 0
     disk_total: int = 0
     disk_used: int = 0
+
+
+class Sample(Message):
+    """Counts of VMs at a time: meant to run, running as their hosts last reported, and not as desired."""
+
+    at: int
+    desired: int = 0
+    actual: int = 0
+    unconverged: int = 0
+
+
+class History(Message):
+    """Samples of the last hour at most, `step` seconds apart, oldest first."""
+
+    step: int
+    samples: tuple[Sample, ...] = ()
+
+
+class SpecMistake(Message):
+    """A mistake in a YAML text; `line` and `column` count from 1, `field` is dotted."""
+
+    line: int
+    column: int
+    field: str
+    message: str
+
+
+class Checked(Message):
+    """What is wrong with a YAML text; without mistakes the environment it describes, as JSON and with what it would do."""
+
+    errors: tuple[SpecMistake, ...] = ()
+    spec: dict[str, Any] | None = None
+    plan: tuple[PlanLine, ...] = ()
+    exists: bool = False
+    generation: int = 0
+
+
+class ObservedVm(Message):
+    """A VM as it should be and as its host reported it last; `observed` is None while no host has it."""
+
+    id: str
+    name: str
+    host: str = ""
+    desired: dict[str, Any]
+    observed: dict[str, Any] | None = None
+
+
+class EnvSpecText(Message):
+    """The desired state of an environment as YAML, beside what is observed."""
+
+    yaml: str
+    generation: int
+    vms: tuple[ObservedVm, ...] = ()
 
 
 class Version(Message):

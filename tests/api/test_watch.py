@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from api import hub
 from tests.fleet_rig import FleetRig, env, vm
 
 
-async def events(rig: FleetRig, query: str = "") -> AsyncIterator[tuple[str, dict[str, Any]]]:
+async def events(rig: FleetRig, query: str = "") -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
     """(event, data) as they come."""
     async with rig.http.stream("GET", f"/api/watch{query}") as answer:
         assert answer.status_code == 200 and answer.headers["Content-Type"] == "text/event-stream"
