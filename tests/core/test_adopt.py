@@ -115,3 +115,41 @@ def test_whatever_a_host_has_can_be_condemned(odd: dict[str, Any]) -> None:
     vm = condemned(seen(VmSpec(image="tiny"), **odd), HostId("h1"), 7)
     assert (vm.id, vm.desired, vm.host_id, vm.gone_at) == (VmId("vm-1"), "absent", "h1", 0)
     assert violations({}, [vm], {HostId("h1"): (0, 0, 0)}) == ()
+
+
+def test_an_adopted_vm_is_recorded_as_it_is() -> None:
+    request = asked(VmSpec(image="tiny", ports=(22, 80), user_data="#!/bin/sh\n"), ())
+    env, vm = adopted(seen(VmSpec(image="tiny"), cluster_id=CLUSTER), request)
+    assert (vm.id, vm.generation, vm.spec.user_data, vm.spec.ports) == ("vm-1", 1, "#!/bin/sh\n", (80,))
+    assert (env.generation, env.rolled, env.created_at, vm.created_at) == (1, 1, 7, 7)
+    grown, second = adopted(seen(VmSpec(image="tiny")), request, replace(env, generation=4, rolled=4), name="b")
+    assert (grown.generation, grown.rolled, second.generation) == (5, 5, 5)
+    behind, _ = adopted(seen(VmSpec(image="tiny")), request, replace(env, generation=4, rolled=3), name="b")
+    assert (behind.generation, behind.rolled) == (5, 3), "a roll-out that is under way goes on"
+
+
+def test_what_a_plain_agent_tells_becomes_the_spec() -> None:
+    vm = AgentVm.model_validate(
+        {
+            **{"id": "vm-1", "env_id": "e", "image": "app", "engine": "docker", "cpu": 3, "mem": 5, "disk": 7},
+            **{"state": "running", "port_map": {"443": 2, "22": 1, "80": 3, "odd": 4}},
+        }
+    )
+    _, made = adopted(vm, name="a")
+    told = made.spec
+    assert (told.image, told.engine, told.cpu, told.mem, told.disk, told.ports) == ("app", "docker", 3, 5, 7, (80, 443))
+    with pytest.raises(CannotAdopt, match=r"\(cpu: Input should be greater than 0\)"):
+        adopted(vm.model_copy(update={"cpu": 0}), name="a")
+    with pytest.raises(CannotAdopt, match=r"ports\.0"):
+        adopted(vm.model_copy(update={"port_map": {"70000": 1}}), name="a")
+
+
+def test_a_condemned_vm_takes_the_room_it_has_and_keeps_its_age() -> None:
+    whole = condemned(seen(VmSpec(image="tiny", cpu=3, mem=5, disk=7), created_at=3), HostId("h1"), 7)
+    assert (whole.name, whole.created_at, whole.spec.cpu, whole.spec.mem, whole.spec.disk) == ("vm-1", 3, 3, 5, 7)
+    assert whole.spec_hash == spec_hash(whole.spec, ()) and whole.spec.name is None
+    odd = seen(VmSpec(image="tiny"), image="", cpu=5, mem=0, disk=8)
+    half = condemned(odd, HostId("h1"), 7)
+    assert (half.spec.image, half.spec.cpu, half.spec.mem, half.spec.disk, half.created_at) == ("unknown", 5, 1, 8, 7)
+    least = condemned(odd.model_copy(update={"cpu": 0, "disk": 0}), HostId("h1"), 7).spec
+    assert (least.cpu, least.mem, least.disk) == (1, 1, 1)

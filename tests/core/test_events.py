@@ -99,3 +99,11 @@ def test_readers_page_forward_from_a_revision_and_otherwise_get_the_latest() -> 
     assert select(every, env="web", limit=99) == every[1::2]
     assert select(every, vm="vm-4", limit=9) == select(every, vm="name-4", limit=9) == [every[4]]
     assert select(every, host="h1", limit=9) == [] and select(every, limit=0) == []
+
+
+def test_readers_can_ask_for_one_host() -> None:
+    log = EventLog()
+    for host in ("h1", "h2", "h1"):
+        log.add("Cordoned", "gets no new VMs", host=host, env=host)
+    assert {event.host for event in select(list(log), host="h1", limit=9)} == {"h1"}
+    assert {event.host for event in select(list(log), limit=9)} == {"h1", "h2"}

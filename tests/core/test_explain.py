@@ -74,3 +74,23 @@ def test_a_failing_vm_tells_the_whole_story() -> None:
     )
     waiting = Progress(False, 60, ACCEPTED)
     assert explain_vm(vm_intent("absent"), waiting, clock) == "recorded and about to be destroyed; since <60>"
+
+
+def test_sentences_read_well() -> None:
+    begun = Progress(False, 60, ACCEPTED)
+    assert explain_vm(vm_intent(), begun, clock) == "recorded and about to run; since <60>"
+    assert explain_vm(vm_intent("stopped"), begun, clock) == "recorded and about to be stopped; since <60>"
+    once = Progress(False, 60, "waiting", "start", 1)
+    assert explain_vm(vm_intent(), once, clock) == "waiting; since <60>; start was tried once"
+    assert explain_vm(vm_intent(), Progress(False, 60, "waiting", "start", 0), clock) == "waiting; since <60>"
+    assert explain_vm(vm_intent(), Progress(False, 60, "waiting", "", 2), clock) == "waiting; since <60>"
+
+
+def test_a_settled_vm_that_must_change_or_leave_says_what_it_waits_for() -> None:
+    both = Progress(True, 60, "", outdated=True, drain="h2: cordoned")
+    assert explain_vm(vm_intent(), both, clock) == (
+        "waits to be replaced by what its environment asks for now: one VM at a time, once the others are ready; "
+        "waits to leave host h1, which is being drained: h2: cordoned"
+    )
+    assert explain_vm(vm_intent(), Progress(True, 60, "a remark", drain="x"), clock).startswith("a remark; waits to leave")
+    assert not is_in_place(vm_intent("absent"), Progress(True, 60, ""))

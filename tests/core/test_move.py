@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from reconciler.core.model import Absent, Observation, Present, Retry, Unknown, 
 from reconciler.core.move import drain_step, elsewhere, is_refused, means_elsewhere
 from reconciler.core.place import HostRoom, Placement, Unplaceable, refusal
 from specs.desired import EnvSpec, VmSpec
-from specs.names import HostId, VmId
+from specs.names import EnvId, HostId, VmId
 from tests.core.worlds import entries, env_intent, fleets, ids, intents, observations, vm_intent
 
 H1 = HostId("h1")
@@ -126,3 +128,30 @@ def test_a_stuck_sibling_holds_a_drain_up_by_name() -> None:
     )
     step = drain_step([vm_intent(), stuck], H1, rooms, settled={VmId("vm-1")})
     assert step.moves == () and step.blocked == () and [vm.id for vm in step.waiting] == ["vm-1"]
+
+
+def test_a_host_that_refused_lately_is_left_out_with_that_reason() -> None:
+    rooms = [
+        HostRoom(HostId(name), "", True, False, frozenset({"qemu"}), {None: frozenset({"tiny"})}, {}, 64, 0, 9999, 0, 999999, 0)
+        for name in ("h1", "h2")
+    ]
+    assert elsewhere(vm_intent(), rooms, {HostId("h2")}) == Unplaceable((("h2", "has refused it a moment ago"),))
+    assert elsewhere(vm_intent(), rooms) == Placement(HostId("h2"))
+
+
+def test_the_environments_spread_counts_elsewhere_too() -> None:
+    room = HostRoom(
+        HostId("h2"), "", True, False, frozenset({"qemu"}), {None: frozenset({"tiny"})}, {}, 64, 0, 9999, 0, 999999, 0
+    )
+    rooms = [replace(room, env_vms={EnvId("web"): 1}), replace(room, id=HostId("h3"), cpu_total=99)]
+    spread = vm_intent(spec=VmSpec(image="tiny", spread="hosts"))
+    assert elsewhere(spread, rooms) == Placement(HostId("h3"))
+
+
+def test_what_is_out_of_service_anyway_leaves_first() -> None:
+    rooms = [
+        HostRoom(HostId("h2"), "", True, False, frozenset({"qemu"}), {None: frozenset({"tiny"})}, {}, 64, 0, 9999, 0, 999999, 0)
+    ]
+    settled, broken = vm_intent(name="a"), vm_intent(id=VmId("vm-2"), name="b")
+    step = drain_step([settled, broken], H1, rooms, settled={settled.id})
+    assert step.moves == ((broken, "h2"),) and step.waiting == (settled,)

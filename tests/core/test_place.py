@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given
 
-from reconciler.core.place import HostRoom, Placement, Unplaceable, place, predict
+from reconciler.core.place import HostRoom, Placement, Unplaceable, place, predict, refusal
 from specs.desired import VmSpec
 from specs.names import EnvId, HostId
 from tests.core.worlds import entries, fleets
@@ -31,6 +31,10 @@ def room(host_id: str = "h1", **changes: object) -> HostRoom:
         "disk_used": 0,
     }
     return HostRoom(**(fields | changes))  # type: ignore[arg-type]
+
+
+def changed(host: HostRoom, **fields: object) -> HostRoom:
+    return replace(host, **fields)  # type: ignore[arg-type]
 
 
 TINY = VmSpec(image="tiny", cpu=2, mem=1024, disk=1000)
@@ -109,3 +113,74 @@ def test_every_refusal_says_why() -> None:
 
 def test_an_agent_that_does_not_tell_the_engine_of_an_image_is_believed() -> None:
     assert place(WEB, TINY, [room(images={None: frozenset({"tiny"})})]) == Placement(HostId("h1"))
+
+
+def test_what_fits_exactly_fits_and_one_more_does_not() -> None:
+    exact = room(cpu_total=2, mem_total=1024, disk_total=1000)
+    assert place(WEB, TINY, [exact]) == Placement(HostId("h1"))
+    for total, field in ((1, "cpu"), (1023, "mem"), (999, "disk")):
+        less = changed(exact, **{f"{field}_total": total})
+        wanted = getattr(TINY, field)
+        assert place(WEB, TINY, [less]) == Unplaceable(
+            (("h1", f"no room: {field} ({wanted} wanted, {total} of {total} free)"),)
+        )
+    over = replace(exact, cpu_used=5)
+    assert refusal(TINY, over) == "no room: cpu (2 wanted, 0 of 2 free)"
+
+
+def test_refusals_read_well() -> None:
+    assert refusal(TINY, room(online=False)) == "offline"
+    assert refusal(TINY, room(engines=frozenset())) == "has no engine qemu (it has none)"
+    assert refusal(TINY, room(engines=frozenset({"jail", "docker"}))) == "has no engine qemu (it has docker, jail)"
+    picky = TINY.model_copy(update={"host_labels": {"zone": "a", "disk": "ssd"}})
+    assert refusal(picky, room(labels={"zone": "b"})) == "lacks the label zone=a, disk=ssd"
+    assert Unplaceable((("a", "cordoned"), ("b", "offline"))).sentence() == "a: cordoned; b: offline"
+
+
+def test_how_full_a_host_is_counts_cpu_memory_and_disk_alike() -> None:
+    empty = {"cpu_total": 10, "mem_total": 10_000, "disk_total": 100_000}
+    for field, total in (("cpu", 10), ("mem", 10_000), ("disk", 100_000)):
+        half, third = (
+            room("half", **{**empty, f"{field}_used": total // 2}),
+            room("a", **{**empty, f"{field}_used": total // 3}),
+        )
+        assert place(WEB, TINY, [third, half]) == Placement(HostId("half")), f"the fuller in {field}"
+        huge = room("a", **{**empty, f"{field}_total": total * 100, f"{field}_used": total})
+        assert place(WEB, TINY, [huge, half]) == Placement(HostId("half")), f"shares of {field}, not amounts"
+    assert place(WEB, TINY, [room("b", **empty), room("a", **empty)]) == Placement(HostId("a")), "ties go to the lower id"
+
+
+def test_a_vm_weighs_more_on_a_smaller_host() -> None:
+    small, large = room("z", cpu_total=4, cpu_used=0), room("a", cpu_total=8, cpu_used=1)
+    # Left free of cpu after placing: 2 of 4 there, 5 of 8 here; before placing it was 4 of 4 against 7 of 8.
+    assert place(WEB, TINY, [large, small]) == Placement(HostId("z"))
+
+
+def test_a_host_without_the_environment_has_fewest_of_it() -> None:
+    spread = TINY.model_copy(update={"spread": "hosts"})
+    with_one = room("a", env_vms={WEB: 1})
+    assert place(WEB, spread, [with_one, room("b")]) == Placement(HostId("b"))
+    assert place(WEB, TINY, [with_one, room("b")]) == Placement(HostId("a"))
+
+
+def test_predictions_count_each_vm_for_the_next() -> None:
+    two = [room("a", cpu_total=4, mem_total=2048, disk_total=2000), room("b", cpu_total=4, mem_total=2048, disk_total=2000)]
+    for field in ("cpu", "mem", "disk"):
+        roomy = [
+            changed(host, **{f"{other}_total": 10**6 for other in ("cpu", "mem", "disk") if other != field}) for host in two
+        ]
+        chosen = predict(WEB, [TINY] * 5, roomy)
+        assert [item.host_id for item in chosen if isinstance(item, Placement)] == ["a", "a", "b", "b"], field
+        assert chosen[4] == Unplaceable(tuple((str(host.id), refusal(TINY, full(host, field))) for host in roomy))
+
+
+def full(host: HostRoom, field: str) -> HostRoom:
+    return changed(host, **{f"{field}_used": getattr(host, f"{field}_total")})
+
+
+def test_predictions_spread_an_environment_over_hosts() -> None:
+    spread = TINY.model_copy(update={"spread": "hosts"})
+    other = EnvId("other")
+    hosts = [room("a", env_vms={other: 9}), room("b", cpu_used=1, env_vms={WEB: 1}), room("c", cpu_used=2, env_vms={WEB: 1})]
+    chosen = predict(WEB, [spread] * 4, hosts)
+    assert [item.host_id for item in chosen if isinstance(item, Placement)] == ["a", "a", "c", "b"]

@@ -171,3 +171,28 @@ def test_a_vm_its_host_cannot_speak_for_is_left_alone_but_may_be_destroyed(reaso
         for desired in ("running", "stopped"):
             assert plan(vm_intent(desired), seen) == Wait("the daemon does not answer", phase="degraded")
         assert plan(vm_intent("absent"), seen) == Destroy()
+
+
+def test_waits_say_what_phase_they_are_of() -> None:
+    for silent, running in ((True, "degraded"), (False, "progressing")):
+        seen = Unknown("no report yet", silent)
+        assert plan(vm_intent(), seen) == Wait("no report yet", phase=running)  # type: ignore[arg-type]
+        assert plan(vm_intent("absent"), seen) == Wait("no report yet", phase="terminating")
+    theirs = Present("running", cluster_id="theirs")
+    assert plan(vm_intent(), theirs) == Wait("host h1 keeps this VM for another cluster (theirs)", phase="degraded")
+    assert plan(vm_intent(), Present("running", cluster_id=CLUSTER)) == Done("ready")
+    assert plan(vm_intent(), Present("failed", "state_unknown")) == Wait("the host cannot say how it is", phase="degraded")
+    assert plan(vm_intent(), Present("creating")) == Wait("the host is creating it")
+    assert plan(vm_intent("stopped"), Present("creating", step="disk")) == Wait("the host is at step disk; it stops afterwards")
+
+
+def test_a_try_is_due_at_its_time_and_not_before() -> None:
+    assert plan(vm_intent(), Absent(), Retry(1, 1000.0), now=1000.0) == Create()
+    assert plan(vm_intent(), Absent(), Retry(1, 1000.0), now=999.9) == Wait("waiting before the next try", 1000.0, "degraded")
+
+
+def test_what_failed_or_crashed_without_a_word_is_told_all_the_same() -> None:
+    never = vm_intent(spec=VmSpec(image="tiny", restart="never"))
+    for seen in (Present("failed"), Present("stopped", "crashed")):
+        assert plan(never, seen) == Done("degraded", "it failed; restart is never")
+    assert plan(vm_intent(), Present("running", message="it was restarted")) == Done("ready", "it was restarted")
