@@ -131,6 +131,37 @@ async def test_watching_prints_each_change_until_interrupted(tmp_path: Path) -> 
         assert {line["id"] for line in told} == {"web"}
 
 
+@pytest.mark.e2e
+async def test_following_events_tells_each_once_and_goes_on_after_the_controller_restarts(tmp_path: Path) -> None:
+    async with FleetRig(tmp_path) as rig:
+        await rig.call("POST", "/api/envs?wait=30", env("old"))
+        process = await asyncio.create_subprocess_exec(
+            *MUSTER, "events", "--follow", "-o", "json", "--url", str(rig.http.base_url),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        told: list[Any] = []
+
+        async def until_told(reason: str, name: str) -> None:
+            async with asyncio.timeout(60):
+                while not told or (told[-1]["reason"], told[-1]["env"]) != (reason, name):
+                    told.append(json.loads(await process.stdout.readline()))  # type: ignore[union-attr]
+
+        await until_told("Running", "old")
+        await rig.call("POST", "/api/envs?wait=30", env("web"))
+        await until_told("Running", "web")
+        await rig.stop_controller()
+        await rig.start_controller()
+        await rig.call("POST", "/api/envs?wait=30", env("late"))
+        await until_told("Running", "late")
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+        assert process.returncode == 130
+        revisions = [event["revision"] for event in told]
+        assert revisions == sorted(set(revisions)), "in order, and none twice"
+        assert {"old", "web", "late"} <= {event["env"] for event in told}
+
+
 async def test_a_reader_that_leaves_ends_the_command_without_a_complaint(tmp_path: Path) -> None:
     async with FleetRig(tmp_path) as rig:
         await rig.call("POST", "/api/envs?wait=30", env("web"))
