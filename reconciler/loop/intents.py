@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -59,6 +61,7 @@ class Intents:
         self._reconciler = reconciler
         self._new_vm_id = new_vm_id
         self._clock = clock
+        self._registering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def _commit(self, change: Change) -> None:
         if change != Change():
@@ -239,14 +242,15 @@ class Intents:
 
     async def add_host(self, addr: str, told_id: HostId | None) -> bool:
         """Registers a host; False if the address is registered. `told_id`: what its agent says, if it answers. Raises Clash."""
-        if addr in self._fleet.hosts:
-            return False
-        other = self._fleet.host(told_id) if told_id else None
-        if other is not None:
-            raise Clash(f"host id {told_id} is registered under another address, {other.intent.addr}", "host_id_taken")
-        await self._commit(Change(hosts=(HostIntent(addr, told_id, int(self._clock.wall())),)))
-        self._fleet.note("HostRegistered", f"host {told_id or addr} is registered at {addr}", host=told_id or addr)
-        return True
+        async with self._registering[addr]:  # of two at once the later one would forget what the first has recorded
+            if addr in self._fleet.hosts:
+                return False
+            other = self._fleet.host(told_id) if told_id else None
+            if other is not None:
+                raise Clash(f"host id {told_id} is registered under another address, {other.intent.addr}", "host_id_taken")
+            await self._commit(Change(hosts=(HostIntent(addr, told_id, int(self._clock.wall())),)))
+            self._fleet.note("HostRegistered", f"host {told_id or addr} is registered at {addr}", host=told_id or addr)
+            return True
 
     async def remove_host(self, host_id: str) -> str:
         """Unregisters a host and returns its address. Raises NoSuch, Clash while VMs are placed there."""

@@ -37,6 +37,8 @@ class Quarantine:
         self._env_locks = env_locks
         self._client = client
         self._clock = clock
+        self._judging = asyncio.Lock()
+        """Held while a verdict is being committed: a VM that somebody adopts must not be destroyed by another at once."""
 
     def unknown(self, host_id: str) -> list[tuple[AgentVm, str]]:
         """What the host reported last and nobody recorded, each with why it cannot be had from here, "" if it can."""
@@ -53,7 +55,7 @@ class Quarantine:
             request = await client.spec(VmId(vm_id))
         except AgentFailure as error:
             raise Clash(f"host {host.shown_id} does not tell what VM {vm_id} is: {error}", "offline") from error
-        async with self._env_locks[EnvId(env_id)]:
+        async with self._env_locks[EnvId(env_id)], self._judging:
             fleet = self._fleet
             vm = self._find(host, vm_id)
             self._check_room(host, vm)
@@ -79,17 +81,18 @@ class Quarantine:
 
     async def destroy(self, host_id: str, vm_id: str) -> None:
         """Records that nothing of the VM may be left; asked again, it changes nothing. Raises NoSuch, Clash."""
-        host = self._host(host_id)
-        known = self._fleet.vms.get(VmId(vm_id))
-        if known is not None and known.env_id == NO_ENV and known.host_id == host.intent.id:
-            return
-        vm = self._find(host, vm_id)
-        if why := obstacle(vm, self._fleet.cluster):
-            raise Clash(why, "foreign_vm")
-        intent = condemned(vm, HostId(host.shown_id), int(self._clock.wall()))
-        change = Change(vms=(intent,), placed=((intent.id, HostId(host.shown_id)),))
-        await self._store.commit(change)
-        self._fleet.apply(change)
+        async with self._judging:
+            host = self._host(host_id)
+            known = self._fleet.vms.get(VmId(vm_id))
+            if known is not None and known.env_id == NO_ENV and known.host_id == host.intent.id:
+                return
+            vm = self._find(host, vm_id)
+            if why := obstacle(vm, self._fleet.cluster):
+                raise Clash(why, "foreign_vm")
+            intent = condemned(vm, HostId(host.shown_id), int(self._clock.wall()))
+            change = Change(vms=(intent,), placed=((intent.id, HostId(host.shown_id)),))
+            await self._store.commit(change)
+            self._fleet.apply(change)
         self._fleet.note("UnknownVmDestroyed", f"host {host.shown_id} is to destroy it; nobody recorded it", vm=intent)
         log.info("unknown vm condemned", vm=vm_id, host=host.shown_id)
 

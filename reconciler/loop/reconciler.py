@@ -106,6 +106,7 @@ class Reconciler:
             return
         if intent.gone_at:
             await self._bury_again(intent)
+            await self._go_on(intent.env_id)
             return
         self.queue.forget_timer(vm_id)
         there = self.fleet.holder(vm_id) if intent.host_id is None else None
@@ -260,8 +261,12 @@ class Reconciler:
         where = f"host {intent.host_id} confirms that nothing of it is left" if intent.host_id else "it had no host"
         self.fleet.note("Deleted", where, vm=intent)
         log.info("vm gone", vm=intent.id, host=intent.host_id, env=intent.env_id)
-        await self._drop_if_empty(intent.env_id)
-        await self.roll(intent.env_id)
+        await self._go_on(intent.env_id)
+
+    async def _go_on(self, env_id: EnvId) -> None:
+        """What the end of a VM lets its environment do next."""
+        await self._drop_if_empty(env_id)
+        await self.roll(env_id)
 
     async def _bury_again(self, intent: VmIntent) -> None:
         """A VM whose tombstone has ended is back, by a create that was long under way: it is destroyed once more."""
@@ -310,12 +315,14 @@ class Reconciler:
     async def resume(self, env_id: EnvId) -> None:
         """Finishes what an earlier process had begun with an environment; called once at the start."""
         try:
-            await self._drop_if_empty(env_id)
-            await self.roll(env_id)
+            await self._go_on(env_id)
         except StoreUnavailable as error:
             log.warning("resume waits for the store", env=env_id, error=str(error))
 
     async def _drop_if_empty(self, env_id: EnvId) -> None:
+        env = self.fleet.envs.get(env_id)
+        if env is None or not env.deleting:
+            return
         async with self.env_locks[env_id]:
             env = self.fleet.envs.get(env_id)
             if env is None or not env.deleting or self.fleet.env_vms(env_id):
@@ -331,7 +338,10 @@ class Reconciler:
     def _fail(self, vm_id: VmId, error: str, *, refused: bool = False) -> None:
         status = self.fleet.status.get(vm_id)
         intent = self.fleet.vms.get(vm_id)
-        if status is None or intent is None:
+        if intent is None:
+            return
+        if status is None:  # it is gone, and what its environment does next could not be recorded
+            self.queue.add_at(vm_id, self._clock.monotonic() + backoff(1))
             return
         attempts = status.retry.attempts + 1
         now = self._clock.monotonic()

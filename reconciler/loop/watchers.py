@@ -163,7 +163,7 @@ class Watchers:
             if self._fleet.hosts.get(host.intent.addr) is not host:
                 return  # it has been removed meanwhile
             taken = self._fleet.host(info.host_id)
-            if taken is not None:
+            if taken is not None and taken is not host:
                 raise WrongHost(f"its host id {info.host_id} is already registered under {taken.intent.addr}")
             change = Change(hosts=(replace(host.intent, id=HostId(info.host_id)),))
             await self._store.commit(change)

@@ -172,7 +172,7 @@ class Network:
             if fault.leg == leg and fault.host == exchange.host.name and (exchange.mutating or not fault.mutating):
                 del self.armed[position]
                 self.world.injected(fault.kind, f"{exchange.verb} {exchange.vm_id} {exchange.host.name}")
-                if fault.leg == "request" and exchange.verb == "create" and fault.kind in ("duplicate", "delay"):
+                if fault.leg == "request" and exchange.verb in ("create", "destroy") and fault.kind in ("duplicate", "delay"):
                     self.world.checks.excuse(VmId(exchange.vm_id))
                 return fault
         return None
