@@ -15,13 +15,15 @@ from reconciler.events import EventLog
 from reconciler.fleet import Fleet, Report
 from reconciler.loop.clock import Clock
 from reconciler.loop.intents import Clash, Intents
+from reconciler.loop.quarantine import Quarantine
 from reconciler.loop.reconciler import STABLE_AFTER, Reconciler
 from reconciler.loop.watchers import Watchers
-from reconciler.store.database import Database
+from reconciler.store.database import Database, StoreUnavailable
 from specs.desired import EnvSpec, VmSpec
 from specs.names import ClusterId, EnvId, HostId, VmId
 from specs.wire import AgentInfo, AgentVm, Resource
 from tests.core.worlds import env_intent, vm_intent
+from tests.sim.world import run
 
 ADDR = "10.0.0.1:9100"
 HOST = HostId("h1")
@@ -48,9 +50,12 @@ class Store:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
+        self.refuses: Callable[[Change], bool] = lambda _: False
 
-    async def commit(self, _change: Change) -> None:
+    async def commit(self, change: Change) -> None:
         await self.gate.wait()
+        if self.refuses(change):
+            raise StoreUnavailable("locked")
 
 
 def _vm(state: str, reason: str = "") -> AgentVm:
@@ -248,3 +253,62 @@ async def test_a_host_is_not_removed_while_a_placement_on_it_is_on_its_way_to_th
     fleet.reserve(waiting, HOST)
     with pytest.raises(Clash, match="still has 1 VMs"):
         await intents.remove_host(HOST)
+
+
+async def test_an_environment_whose_end_the_store_could_not_record_ends_once_it_can() -> None:
+    env = env_intent(EnvSpec(id="web", ssh_keys=(KEY,), vms=(VmSpec(image="tiny"),)), deleting=True)
+    fleet = _fleet(vm_intent("absent"), env=env)
+    _report(fleet, None, "b1", 7)
+    store, clock = Store(), StoppedClock()
+    clock.now = 5.0
+    reconciler, _ = _loop(fleet, store, clock)
+    store.refuses = lambda change: bool(change.drop_envs)
+    await reconciler._work(VM)
+    assert (env.id in fleet.envs, list(reconciler.queue._due)) == (True, [VM])
+    store.refuses = lambda _: False
+    await reconciler._reconcile(VM)
+    reconciler.queue.close()
+    assert fleet.envs == {}
+
+
+async def test_a_host_registered_twice_at_once_keeps_the_identity_it_has_told() -> None:
+    fleet = Fleet(ClusterId("here"))
+    store = Store()
+    _, intents = _loop(fleet, store, StoppedClock())
+    store.gate.clear()
+    both = [asyncio.create_task(intents.add_host(ADDR, told)) for told in (HOST, None)]
+    await asyncio.sleep(0)
+    store.gate.set()
+    assert await asyncio.gather(*both) == [True, False]
+    assert _host(fleet).id == HOST
+
+
+async def test_a_vm_that_is_destroyed_and_adopted_by_hand_at_once_gets_one_verdict() -> None:
+    fleet = _fleet()
+    _report(fleet, _vm("running"), "b1", 7)
+    store, clock = Store(), StoppedClock()
+    reconciler, _ = _loop(fleet, store, clock)
+    client = cast(AgentClient, Silent())
+    quarantine = Quarantine(fleet, cast(Database, store), reconciler.env_locks, lambda _: client, clock)
+    store.gate.clear()
+    destroys = asyncio.create_task(quarantine.destroy(HOST, VM))
+    adopts = asyncio.create_task(quarantine.adopt(HOST, VM, "web", None))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    store.gate.set()
+    outcomes = await asyncio.gather(destroys, adopts, return_exceptions=True)
+    reconciler.queue.close()
+    assert outcomes[0] is None and isinstance(outcomes[1], Clash) and outcomes[1].code == "known_vm"
+    assert fleet.vms[VM].desired == "absent"
+
+
+class Silent:
+    """An agent that does not tell what it was asked for."""
+
+    async def spec(self, _vm_id: VmId) -> None:
+        return None
+
+
+@pytest.mark.parametrize("seed", [892, 1758, 3299, 5024, 5229, 6861, 7530, 8507, 8513])
+def test_a_schedule_that_once_violated_a_rule_does_so_no_more(seed: int) -> None:
+    assert run(seed).violations == ()
