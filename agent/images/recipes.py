@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.errors import AgentError
-from agent.images import busybox, fc_tiny, tiny
+from agent.images import busybox, debian, fc_tiny, tiny
 from agent.images.files import locked, sweep
 from agent.images.packages import Progress
 from agent.images.recipe import BuiltImage, Recipe, default_cache
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (tiny.RECIPE, busybox.RECIPE, fc_tiny.RECIPE)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (tiny.RECIPE, busybox.RECIPE, fc_tiny.RECIPE, debian.RECIPE)}
 
 __all__ = ["RECIPES", "BuiltImage", "Recipe", "build"]
 

@@ -20,7 +20,7 @@ from ops.demo.site import ROOT, Site, Trouble, alone, choose, forget, make_key, 
 from ops.demo.tour import ENV, Tour, nothing_left
 
 _EXAMPLE = ROOT / "specs" / "examples" / "hello.yaml"
-_CONVERGE = 240  # seconds
+_CONVERGE = 600  # seconds; a whole Debian boots slowly where QEMU has to emulate the processor
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def main() -> int:
     words = argparse.ArgumentParser(prog="ops/up")
     words.add_argument("--once", action="store_true")
     words.add_argument("--without-docker", action="store_true")
+    words.add_argument("--image", choices=("tiny", "debian"), default="tiny", help="what the VM runs")
     given = words.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell starts background jobs deaf to SIGINT
         signal.signal(number, signal.default_int_handler)
@@ -38,7 +39,7 @@ def main() -> int:
             site, told = choose(state, docker=began_docker)
             for line in told:
                 print(f"    {line}")
-            _run(site, once=given.once)
+            _run(site, image=given.image, once=given.once)
     except Trouble as error:
         print(f"ops/up: {error}", file=sys.stderr)
         return 1
@@ -48,9 +49,9 @@ def main() -> int:
     return 0
 
 
-def _run(site: Site, *, once: bool) -> None:
+def _run(site: Site, *, image: str, once: bool) -> None:
     report = Report.begun_by_shell()
-    tour = Tour(site, report)
+    tour = Tour(site, report, image)
     servers = parts.Servers(site)
     if not site.docker:
         print("    without containers: QEMU alone" + ("" if os.geteuid() == 0 else " (not root: QEMU's own user network)"))
@@ -59,22 +60,22 @@ def _run(site: Site, *, once: bool) -> None:
         if site.docker:
             with report.step("docker daemon") as step:
                 step.outcome = parts.start_docker(site)
-        for image in ("tiny", "busybox") if site.docker else ("tiny",):
-            with report.step(f"image {image}"):
-                parts.muster(site, "image", "build", image, "--image-dir", str(site.images))
+        for name in (image, "busybox") if site.docker else (image,):
+            with report.step(f"image {name}"):
+                parts.muster(site, "image", "build", name, "--image-dir", str(site.images))
         with report.step("controller and agent") as step:
             servers.start()
             step.outcome = f"{site.url}, {site.agent_url}"
         with _emptied(site):
-            _show(site, report, tour, once=once)
+            _show(site, report, tour, image=image, once=once)
     if once:
         print(f"\n{report.table()}")
 
 
-def _show(site: Site, report: Report, tour: Tour, *, once: bool) -> None:
+def _show(site: Site, report: Report, tour: Tour, *, image: str, once: bool) -> None:
     parts.destroy_all(site)  # of a run that was cut off
     with report.step(f"converge {_EXAMPLE.relative_to(ROOT)}") as step:
-        parts.muster(site, "apply", "-f", str(_spec(site)), f"--wait={_CONVERGE}")
+        parts.muster(site, "apply", "-f", str(_spec(site, image)), f"--wait={_CONVERGE}")
         step.outcome = ", ".join(f"{vm.name} {vm.phase}" for vm in guests.detail(site, ENV).vms)
     if once:
         tour.run()
@@ -84,6 +85,8 @@ def _show(site: Site, report: Report, tour: Tour, *, once: bool) -> None:
     print(f"\n    dashboard    {site.url}/")
     print(f"    enter VM     {guests.ssh_line(site, guests.vm_of(detail, 'qemu'))}")
     for vm in detail.vms:
+        if vm.image == "debian":
+            continue  # it has no web server
         print(f"    page of {vm.name:4} http://127.0.0.1:{vm.port_map['80']}/")
     print(f"    command line MUSTER_URL={site.url} {os.path.relpath(parts.MUSTER)} get vms")
     print("\n    Ctrl-C removes everything.\n", flush=True)
@@ -140,14 +143,16 @@ def _deaf() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _spec(site: Site) -> Path:
-    """The example itself; a copy beside the key where the key is elsewhere or containers are left out."""
-    if site.docker and site.state == ROOT / ".state":
+def _spec(site: Site, image: str) -> Path:
+    """The example itself; a copy beside the key where the key is elsewhere, the image another or containers are left out."""
+    if site.docker and site.state == ROOT / ".state" and image == "tiny":
         return _EXAMPLE
     yaml = YAML()
     document = yaml.load(_EXAMPLE)
     document["ssh_keys"] = [f"@{site.key}.pub"]
     document["vms"] = [vm for vm in document["vms"] if site.docker or vm.get("engine", "qemu") == "qemu"]
+    if image == "debian":
+        document["vms"][0].update(guests.DEBIAN)
     copy = site.state / _EXAMPLE.name
     yaml.dump(document, copy)
     return copy

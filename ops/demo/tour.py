@@ -21,9 +21,10 @@ ENV = "hello"
 class Tour:
     """One tour over a converged environment. `vm_ids` and `seen` collect what must be gone in the end."""
 
-    def __init__(self, site: Site, report: Report) -> None:
+    def __init__(self, site: Site, report: Report, image: str = "tiny") -> None:
         self._site = site
         self._report = report
+        self._image = image
         self._note = secrets.token_hex(8)
         self.vm_ids: set[str] = set()
         self.seen: set[psutil.Process] = set()
@@ -31,6 +32,8 @@ class Tour:
     def run(self) -> None:
         """Every step in order. Raises Trouble at the first that does not do what it should."""
         self._enter()
+        if self._image == "debian":
+            self._ask_debian()
         if self._site.docker:
             self._fetch()
         self._kill()
@@ -51,6 +54,26 @@ class Tour:
             vm = guests.vm_of(self._look(), "qemu")
             # What is written here must outlive a kill, a stop and a start.
             step.outcome = guests.in_guest(self._site, vm, f"echo {self._note} >/root/note && sync && uname -nr")
+
+    def _ask_debian(self) -> None:
+        """That cloud-init has applied all that was asked for; the key let us in."""
+        with self._report.step("ask the Debian guest what cloud-init has made of it") as step:
+            vm = guests.vm_of(self._look(), "qemu")
+
+            def is_told() -> str | None:
+                told = guests.in_guest(self._site, vm, "cloud-init status")
+                return told if "running" not in told and "not run" not in told else None
+
+            status = guests.patiently(is_told, f"cloud-init of {vm.name} did not end")
+            name = guests.in_guest(self._site, vm, "hostname")
+            addresses = guests.in_guest(self._site, vm, "hostname -I").split()
+            told = guests.in_guest(self._site, vm, "cat /root/told")
+            size = int(guests.in_guest(self._site, vm, "lsblk -bnro SIZE,MOUNTPOINT | sed -n 's| /$||p'")) // 2**20
+            room = int(guests.in_guest(self._site, vm, "df --output=size -m / | tail -n 1"))
+            found = (status, name, vm.ip in addresses, told, size >= vm.disk - 128, room >= vm.disk * 0.95)
+            if found != ("status: done", vm.name, True, "by user_data", True, True):
+                raise Trouble(f"cloud-init left {found}: {addresses}, partition {size} MiB, filesystem {room} MiB")
+            step.outcome = f"{name}, {vm.ip}, user_data applied, a root filesystem of {room} MiB on a disk of {vm.disk} MiB"
 
     def _fetch(self) -> None:
         with self._report.step("fetch a page from the container through its forwarded port") as step:

@@ -64,7 +64,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def test_every_recipe_says_what_it_makes() -> None:
-    assert list(RECIPES) == ["tiny", "busybox", "fc-tiny"]
+    assert list(RECIPES) == ["tiny", "busybox", "fc-tiny", "debian"]
     assert all(recipe.name == name and recipe.summary for name, recipe in RECIPES.items())
 
 
@@ -87,7 +87,7 @@ async def test_a_build_without_its_tools_says_so_and_makes_nothing(tmp_path: Pat
 
 
 async def test_an_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(AgentError, match="there is no recipe huge; there are tiny, busybox, fc-tiny"):
+    with pytest.raises(AgentError, match="there is no recipe huge; there are tiny, busybox, fc-tiny, debian"):
         await build("huge", tmp_path / "images", progress=quiet)
     assert listing(tmp_path) == []
 
