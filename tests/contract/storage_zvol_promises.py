@@ -141,6 +141,20 @@ class ZvolPromises(StorageContract):
             await storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "evil", 64)
         assert await self._volumes(storage_rig.images) == []
 
+    async def test_a_root_filesystem_fills_its_volume(self, storage_rig: ZvolRig) -> None:
+        image = storage_rig.image_dir / "kernel-and-root"
+        image.mkdir()
+        (image / "vmlinux").write_bytes(b"\x7fELF")
+        await run("mke2fs", "-q", "-t", "ext4", image / "rootfs.ext4", "8M")
+        storage = storage_rig.new_storage()
+        assert await storage.images("rootfs") == ("kernel-and-root",)
+        disk = await storage.ensure_disk(VM, storage_rig.folder(), "kernel-and-root", 32, "rootfs")
+        told = dict(line.split(":", 1) for line in (await run("dumpe2fs", "-h", disk.path)).splitlines() if ":" in line)
+        assert int(told["Block count"]) * int(told["Block size"]) == 32 * MIB
+        await storage.remove_disk(VM, storage_rig.folder())
+        await storage.remove_image("kernel-and-root")
+        assert not image.exists()
+
     async def test_no_room_for_an_image_is_said_and_leaves_nothing(self, storage_rig: ZvolRig) -> None:
         big = storage_rig.image_dir / "big.raw"
         await asyncio.to_thread(big.write_bytes, os.urandom(12 * MIB))

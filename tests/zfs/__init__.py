@@ -1,1 +1,2 @@
-"""Tests that need real ZFS. They run inside the guest of ops/lab/zfs, so pytest does not collect them elsewhere."""
+"""Tests on real ZFS: `test_guest.py` boots the guest of ops/lab/zfs, which runs the `…on_zfs.py` beside it; pytest collects
+these nowhere else."""
