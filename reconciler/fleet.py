@@ -25,7 +25,8 @@ from reconciler.core.model import (
     Unknown,
     VmIntent,
 )
-from reconciler.core.place import HostRoom
+from reconciler.core.place import HostRoom, Placement, Unplaceable, place
+from reconciler.core.rooms import Rooms
 from reconciler.events import EventLog
 from specs.desired import VmSpec
 from specs.names import ClusterId, EnvId, HostId, VmId
@@ -169,7 +170,9 @@ class Fleet:
         self._load: defaultdict[HostId, Load] = defaultdict(Load)
         self._host_envs: defaultdict[HostId, defaultdict[EnvId, int]] = defaultdict(lambda: defaultdict(int))
         self._reserved: dict[VmId, tuple[VmIntent, HostId]] = {}
-        self._rooms: dict[str, HostRoom] = {}  # by address; missing where anything of it has changed
+        self._rooms = Rooms()
+        self._stale: dict[str, None] = {}  # addresses of hosts whose room may have changed
+        self._env_hosts: defaultdict[EnvId, dict[HostId, int]] = defaultdict(dict)
         self._tick = 0
 
     # ---- durable state
@@ -189,7 +192,7 @@ class Fleet:
             self._set_vm(replace(self.vms[vm_id], gone_at=when))
         for vm_id in change.drop_vms:
             self.vms.pop(vm_id, None)
-            self._rooms.clear()  # where it still is, it is a stranger from now on
+            self._stale.update(dict.fromkeys(self.hosts))  # where it still is, it is a stranger from now on
         for env_id in change.drop_envs:
             self.envs.pop(env_id, None)
             self.changed("env", env_id)
@@ -197,14 +200,14 @@ class Fleet:
             self._set_host(host)
         for addr in change.drop_hosts:
             state = self.hosts.pop(addr, None)
-            self._rooms.pop(addr, None)
+            self._stale[addr] = None
             if state and state.intent.id:
                 self._host_addr.pop(state.intent.id, None)
             self.changed("host", state.shown_id if state else addr)
             self.wake_unplaced()
 
     def _set_host(self, host: HostIntent) -> None:
-        self._rooms.pop(host.addr, None)
+        self._stale[host.addr] = None
         state = self.hosts.get(host.addr)
         if state is None:
             self.hosts[host.addr] = HostState(host)
@@ -229,7 +232,7 @@ class Fleet:
             self.release(vm.id)
         if old is None or old.host_id != vm.host_id:  # where it is already, it is a stranger no more
             for addr in [addr for addr, host in self.hosts.items() if vm.id in host.vms]:
-                self._rooms.pop(addr, None)
+                self._stale[addr] = None
         self.vms[vm.id] = vm
         if vm.gone_at:
             self._env_vms[vm.env_id].pop(vm.id, None)
@@ -262,11 +265,15 @@ class Fleet:
 
     def _add_load(self, vm: VmIntent, host_id: HostId, sign: int) -> None:
         self._load[host_id].add(vm.spec, sign)
-        self._rooms.pop(self._host_addr.get(host_id, ""), None)
-        envs = self._host_envs[host_id]
+        if host_id in self._host_addr:
+            self._stale[self._host_addr[host_id]] = None
+        envs, hosts = self._host_envs[host_id], self._env_hosts[vm.env_id]
         envs[vm.env_id] += sign
+        hosts[host_id] = envs[vm.env_id]
         if not envs[vm.env_id]:
-            del envs[vm.env_id]
+            del envs[vm.env_id], hosts[host_id]
+            if not hosts:
+                del self._env_hosts[vm.env_id]
         self.changed("host", host_id)
 
     def reserve(self, vm: VmIntent, host_id: HostId) -> None:
@@ -352,11 +359,24 @@ class Fleet:
 
     def rooms(self) -> list[HostRoom]:
         """Every registered host as placement sees it, in registration order."""
-        rooms = self._rooms
-        for addr, host in self.hosts.items():
-            if addr not in rooms:
-                rooms[addr] = self._room(host)
+        self._refresh_rooms()
+        rooms = {room.addr: room for room in self._rooms}
         return [rooms[addr] for addr in self.hosts]
+
+    def place(self, env_id: EnvId, spec: VmSpec) -> Placement | Unplaceable:
+        """A host for one more VM of the environment, or why none of them can take it."""
+        self._refresh_rooms()
+        chosen = self._rooms.choose(spec, self._env_hosts.get(env_id, {}))
+        return chosen or place(env_id, spec, self.rooms())  # which looks at every host, and tells each one's reason
+
+    def _refresh_rooms(self) -> None:
+        for addr in self._stale:
+            host = self.hosts.get(addr)
+            if host is None:
+                self._rooms.remove(addr)
+            else:
+                self._rooms.put(self._room(host))
+        self._stale.clear()
 
     def _room(self, host: HostState) -> HostRoom:
         info = host.info
@@ -390,7 +410,7 @@ class Fleet:
     def set_leaving(self, host: HostState, leaving: bool) -> None:
         """Whether the host's removal is being committed."""
         host.leaving = leaving
-        self._rooms.pop(host.intent.addr, None)
+        self._stale[host.intent.addr] = None
 
     def load(self, host_id: HostId) -> Load:
         """What is placed on a host, reservations included."""
@@ -414,7 +434,7 @@ class Fleet:
     def observe_info(self, addr: str, info: AgentInfo, now: float) -> None:
         """Takes over what an agent says of itself. Its id has been checked by the caller."""
         host = self.hosts[addr]
-        self._rooms.pop(addr, None)
+        self._stale[addr] = None
         came_back = not host.online
         before = host.info
         host.online, host.why, host.heard_at, host.info = True, "", now, info
@@ -457,7 +477,7 @@ class Fleet:
             host.boots.append(report.boot_id)
         host.touched = {vm_id: touch for vm_id, touch in host.touched.items() if vm_id in held}
         before, host.vms, host.report = host.vms, fresh, report
-        self._rooms.pop(addr, None)
+        self._stale[addr] = None
         self._look_at(look)
         for vm_id in fresh.keys() - before.keys():
             if not self._is_ours(host, vm_id) and vm_id not in self._unplaced:  # those are bound to this host now
@@ -488,7 +508,7 @@ class Fleet:
             return
         host.touched[vm_id] = _Touch(self.tick(), boot_id, seq)
         if not self._is_ours(host, vm_id):
-            self._rooms.pop(addr, None)
+            self._stale[addr] = None
         if vm is not None:
             host.vms[vm_id] = vm
         else:
@@ -503,7 +523,7 @@ class Fleet:
         host = self.hosts.get(addr)
         if host is None:
             return
-        self._rooms.pop(addr, None)
+        self._stale[addr] = None
         was_online, changed = host.online, host.why != why
         host.online, host.why, host.report = False, why, None
         if host.offline_since is None:

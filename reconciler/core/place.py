@@ -65,11 +65,15 @@ def place(env_id: EnvId, vm: VmSpec, hosts: Iterable[HostRoom]) -> Placement | U
         if why:
             reasons.append((host.id, why))
             continue
-        siblings = host.env_vms.get(env_id, 0) if vm.spread == "hosts" else 0
-        rank = (siblings, _free_share(vm, host), host.id)
-        if best is None or rank < best[0]:
-            best = (rank, host.id)
+        mine = rank(vm, host, host.env_vms.get(env_id, 0) if vm.spread == "hosts" else 0)
+        if best is None or mine < best[0]:
+            best = (mine, host.id)
     return Placement(best[1]) if best else Unplaceable(tuple(reasons))
+
+
+def rank(vm: VmSpec, host: HostRoom, siblings: int) -> tuple[int, float, str]:
+    """What makes one host better than another for a VM: smaller is better."""
+    return (siblings, _free_share(vm, host), host.id)
 
 
 def predict(env_id: EnvId, vms: Sequence[VmSpec], hosts: Sequence[HostRoom]) -> list[Placement | Unplaceable]:

@@ -29,7 +29,7 @@ from reconciler.core.model import (
     Wait,
 )
 from reconciler.core.move import REFUSAL_KEPT, is_refused, means_elsewhere
-from reconciler.core.place import Unplaceable, place
+from reconciler.core.place import Unplaceable
 from reconciler.core.plan import plan_vm
 from reconciler.fleet import NEW, Fleet, HostState
 from reconciler.loop.backoff import backoff
@@ -144,7 +144,7 @@ class Reconciler:
     # ---- the steps
 
     async def _place(self, intent: VmIntent) -> None:
-        decision = place(intent.env_id, intent.spec, self.fleet.rooms())
+        decision = self.fleet.place(intent.env_id, intent.spec)
         if isinstance(decision, Unplaceable):
             message = f"waiting for a host: {decision.sentence()}"
             if self.fleet.status[intent.id].message != message:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.core.model import Change, HostIntent, VmIntent
+from reconciler.core.place import HostRoom, Unplaceable, place, rank
+from reconciler.core.rooms import Rooms
 from reconciler.fleet import Fleet, Report
 from specs.desired import VmSpec
 from specs.names import ClusterId, EnvId, HostId, VmId
@@ -74,3 +77,61 @@ def test_the_kept_views_always_equal_fresh_ones(events: list[tuple[int, str, VmI
         elif kind == 9 and host and not fleet.host_vms(host_id(addr)):
             fleet.apply(Change(drop_hosts=(addr,)))
         assert fleet.rooms() == [fleet._room(host) for host in fleet.hosts.values()]
+        for spread in ("pack", "hosts"):
+            assert_chosen_as_by_looking_at_all(fleet, SPEC.model_copy(update={"spread": spread}))
+
+
+def assert_chosen_as_by_looking_at_all(fleet: Fleet, spec: VmSpec) -> None:
+    rooms = {room.id: room for room in fleet.rooms()}
+    chosen, best = fleet.place(EnvId("web"), spec), place(EnvId("web"), spec, rooms.values())
+    if isinstance(best, Unplaceable) or isinstance(chosen, Unplaceable):
+        assert chosen == best
+        return
+    mine, least = (_rank(rooms[one.host_id], spec) for one in (chosen, best))
+    assert mine == pytest.approx(least)
+
+
+def _rank(room: HostRoom, spec: VmSpec) -> tuple[int, float]:
+    return rank(spec, room, room.env_vms.get(EnvId("web"), 0) if spec.spread == "hosts" else 0)[:2]
+
+
+SIZES = st.sampled_from([(4, 4096), (8, 4096), (8, 9000)])
+HOSTS = st.lists(st.tuples(SIZES, st.integers(0, 8), st.integers(0, 9000), st.integers(0, 2), st.booleans()), max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(HOSTS, HOSTS, st.integers(1, 8), st.integers(1, 9000), st.sampled_from(["pack", "hosts"]))
+def test_the_place_found_by_kinds_and_levels_is_one_of_the_best(
+    hosts: list[Any], changed: list[Any], cpu: int, mem: int, spread: Any
+) -> None:
+    spec = VmSpec(image="tiny", cpu=cpu, mem=mem, disk=1, spread=spread)
+    kept, rooms = Rooms(), {}
+    for number, ((cpus, memory), used, mem_used, siblings, online) in [*enumerate(hosts), *enumerate(changed)]:
+        room = HostRoom(
+            id=HostId(f"h{number}"),
+            addr=f"a{number}",
+            online=online,
+            cordoned=False,
+            engines=frozenset({spec.engine}),
+            images={None: frozenset({"tiny"})},
+            labels={},
+            cpu_total=cpus,
+            cpu_used=min(used, cpus),
+            mem_total=memory,
+            mem_used=min(mem_used, memory),
+            disk_total=10,
+            disk_used=0,
+            env_vms={EnvId("web"): siblings} if siblings else {},
+        )
+        kept.put(room)
+        rooms[room.id] = room
+    if hosts:
+        kept.remove("a0")
+        del rooms[HostId("h0")]
+    chosen = kept.choose(spec, {room.id: room.env_vms[EnvId("web")] for room in rooms.values() if room.env_vms})
+    best = place(EnvId("web"), spec, rooms.values())
+    assert {room.id for room in kept} == set(rooms)
+    if chosen is None or isinstance(best, Unplaceable):
+        assert chosen is None and isinstance(best, Unplaceable)
+    else:
+        assert _rank(rooms[chosen.host_id], spec) == pytest.approx(_rank(rooms[best.host_id], spec))
