@@ -103,6 +103,8 @@ class Views:
             return "failed"
         if there is not None and there.step and there.step != "accepted":
             return there.step
+        if there is not None and there.state == "running":
+            return "booting"  # its process is there; whether it is as desired is judged next
         return "placed" if vm.host_id else "accepted"
 
     def counts(self, at: int) -> Sample:

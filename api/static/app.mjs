@@ -13,7 +13,7 @@ effect(() => {
   const { page, id } = route.value;
   const { ok, total } = tally.value;
   const lead = { live: "", stale: "⚠ ", connecting: "", locked: "" }[link.value.state];
-  const place = page === "fleet" ? "" : `${id.slice(0, 80)} · `;
+  const place = page === "fleet" ? "" : page === "new" ? "New environment · " : `${id.slice(0, 80)} · `;
   document.title = revision.value === null ? "muster" : `${lead}${place}${ok}/${total} as desired · muster`;
 });
 

@@ -1,9 +1,11 @@
-// Which page is shown, from the address after `#`: `#/`, `#/env/NAME`, `#/host/ID`. Links can be sent to others.
+// Which page is shown, from the address after `#`: `#/`, `#/env/NAME`, `#/host/ID`, `#/edit/NAME`, `#/new`. Links can be sent to others.
 import { signal } from "./vendor/signals.mjs";
+
+const PAGES = ["env", "host", "new", "edit"];
 
 function read() {
   const [, page = "", ...rest] = location.hash.split("/");
-  if (page !== "env" && page !== "host") return { page: "fleet", id: "" };
+  if (!PAGES.includes(page)) return { page: "fleet", id: "" };
   try {
     return { page, id: decodeURIComponent(rest.join("/")) };
   } catch {

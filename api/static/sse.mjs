@@ -3,7 +3,8 @@
 
 /** Returns `push(text)`, which takes the next piece of the stream and returns the events it completes: {event, data}. */
 export function eventParser() {
-  let rest = "";
+  let pieces = []; // of a line whose end has not come; a snapshot is one line of megabytes in hundreds of pieces
+  let endsInCr = false;
   let event = "";
   let data = [];
 
@@ -24,10 +25,15 @@ export function eventParser() {
 
   return function push(text) {
     const out = [];
-    rest += text;
+    if (!endsInCr && !/[\r\n]/.test(text)) {
+      pieces.push(text);
+      return out;
+    }
+    pieces.push(text);
     // A CR at the very end may be the first half of a CRLF: it waits for the next piece, or one line would become two.
-    const lines = rest.split(/\r\n|\n|\r(?!$)/);
-    rest = lines.pop();
+    const lines = pieces.join("").split(/\r\n|\n|\r(?!$)/);
+    pieces = [lines.pop()];
+    endsInCr = pieces[0].endsWith("\r");
     for (const each of lines) line(each, out);
     return out;
   };

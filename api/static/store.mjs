@@ -61,6 +61,25 @@ export function tick() {
   now.value = (Date.now() + skew.peek()) / 1000;
 }
 
+/** Counts of the last hour as the controller took them, oldest first: {at, desired, actual, unconverged}. */
+export const samples = signal([]);
+/** By host id: when the controller last heard it (seconds, the controller's clock). */
+export const heartbeats = signal({});
+/** What happened while this page was open, oldest first. */
+export const events = signal([]);
+const SAMPLES = 720;
+const EVENTS = 300;
+
+export function applyHistory({ samples: told }) {
+  samples.value = told.slice(-SAMPLES);
+}
+
+export function applyPulse({ sample, heartbeats: ages }) {
+  samples.value = [...samples.peek().filter(({ at }) => at < sample.at), sample].slice(-SAMPLES);
+  const heard = Object.entries(ages).filter(([, age]) => age !== null);
+  heartbeats.value = Object.fromEntries(heard.map(([id, age]) => [id, sample.at - age]));
+}
+
 export function applySnapshot({ revision: at, hosts: allHosts, envs: allEnvs, vms: allVms }) {
   batch(() => {
     hosts.replace(allHosts);
@@ -73,7 +92,8 @@ export function applySnapshot({ revision: at, hosts: allHosts, envs: allEnvs, vm
 /** Applies one change. Returns false when it cannot follow what is shown: then only a new snapshot helps. */
 export function applyChange({ revision: at, kind, id, object }) {
   if (revision.peek() === null || at < revision.peek()) return false;
-  byKind[kind]?.put(id, object);
+  if (kind === "event") events.value = [...events.peek().filter((one) => one.id !== id), object].slice(-EVENTS);
+  else byKind[kind]?.put(id, object);
   revision.value = at;
   return true;
 }
@@ -83,6 +103,9 @@ export function clear() {
   batch(() => {
     applySnapshot({ revision: null, hosts: [], envs: [], vms: [] });
     heardAt.value = null;
+    samples.value = [];
+    heartbeats.value = {};
+    events.value = [];
   });
 }
 

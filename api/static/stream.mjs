@@ -2,7 +2,7 @@
 // controller. Says in `link` how things stand, so that nobody mistakes an old picture for the present.
 import { batch, signal } from "./vendor/signals.mjs";
 import { eventParser } from "./sse.mjs";
-import { applyChange, applySnapshot, clear, heardAt, revision, skew, tick } from "./store.mjs";
+import { applyChange, applyHistory, applyPulse, applySnapshot, clear, heardAt, revision, skew, tick } from "./store.mjs";
 
 const SILENCE = 25_000; // ms; the controller says something every 10 s
 const FIRST_DELAY = 500; // ms, doubled with each attempt
@@ -46,6 +46,30 @@ export function setKey(value) {
   wake();
 }
 
+/**
+ * Asks the controller for something once; resolves to the answer's data. `body`: a value for JSON, or text for YAML.
+ * Throws Error with the controller's own sentence.
+ */
+export async function call(method, path, body, headers = {}) {
+  const sent = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
+  if (body !== undefined) sent["Content-Type"] = typeof body === "string" ? "application/yaml" : "application/json";
+  let response;
+  try {
+    response = await fetch(`api/${path}`, {
+      method,
+      headers: sent,
+      body: body === undefined || typeof body === "string" ? body : JSON.stringify(body),
+      cache: "no-store",
+      redirect: "error",
+    });
+  } catch {
+    throw new Error("The controller cannot be reached; nothing was changed as far as this page knows.");
+  }
+  const answer = await response.json().catch(() => null);
+  if (!answer?.ok) throw new Error(answer?.error ?? `The controller answered ${response.status}.`);
+  return answer.data;
+}
+
 /** Ends the pause before the next attempt. */
 export function retryNow() {
   wake();
@@ -65,7 +89,7 @@ async function readOnce(abort, connected) {
   pet();
   try {
     const since = revision.peek();
-    const response = await fetch(since === null ? "api/watch" : `api/watch?since=${since}`, {
+    const response = await fetch(since === null ? "api/watch?pulse=true" : `api/watch?pulse=true&since=${since}`, {
       headers: key ? { Authorization: `Bearer ${key}` } : {},
       cache: "no-store",
       redirect: "error",
@@ -98,6 +122,8 @@ function take({ event, data }, connected) {
   let followed = true;
   try {
     if (event === "snapshot") applySnapshot(JSON.parse(data));
+    else if (event === "history") applyHistory(JSON.parse(data));
+    else if (event === "pulse") applyPulse(JSON.parse(data));
     else if (event === "change") followed = applyChange(JSON.parse(data));
   } catch (error) {
     throw new OutOfStep("the controller said something this page does not understand", { cause: error });

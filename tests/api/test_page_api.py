@@ -93,6 +93,7 @@ async def test_a_vm_tells_its_steps_and_the_fleet_its_counts(tmp_path: Path) -> 
         await rig.call("POST", "/api/envs?wait=30", env("web", vm(name="a")))
         steps = (await rig.data("/api/envs/web"))["vms"][0]["steps"]
         assert (steps[0]["name"], steps[-1]["name"]) == ("accepted", "ready")
+        assert [step["name"] for step in steps].count("placed") == 1  # never back to a step it has left
         assert [step["at_ms"] for step in steps] == sorted(step["at_ms"] for step in steps)
         rig.app.history.sample()
         told = await rig.data("/api/history")

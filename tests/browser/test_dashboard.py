@@ -212,6 +212,7 @@ async def test_everything_can_be_reached_and_seen_with_the_keyboard(browser: Bro
             "1 as desired",
             "Hosts online",
             "Environments",
+            "New environment",
             "Filter",
             "web",
             "rack-1",

@@ -4,8 +4,11 @@ import { moment, plural } from "../format.mjs";
 import { envs, groups, vms } from "../store.mjs";
 import { PHASES, say, verdictOf } from "../verdict.mjs";
 import { href } from "../route.mjs";
+import { EnvActions } from "./doing.mjs";
+import { EventList } from "./events.mjs";
 import { Icon } from "./icons.mjs";
 import { Machines } from "./machine.mjs";
+import { Observed } from "./observed.mjs";
 import { Bar, Countdown, Name, Sign } from "./parts.mjs";
 
 const SHOWN = 6; // machines on a card
@@ -63,6 +66,8 @@ export function EnvPage({ name }) {
     html`<article class="card env">
       <header><${Facts} env=${env} name=${name} /></header>
       ${env && html`<p class="muted meta">Created ${moment(env.created_at)} · generation ${env.generation}</p>`}
+      <h2 class="unseen">Machines</h2>
       ${ids.length > 0 ? html`<${Machines} ids=${ids} label=${`Machines of ${name}`} full />` : html`<p class="empty">No machine left in it.</p>`}
-    </article>`}`;
+    </article>
+    ${env && html`<${EnvActions} env=${env} /><${EventList} of="env" id=${name} /><${Observed} env=${env} />`}`}`;
 }

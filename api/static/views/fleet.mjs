@@ -8,6 +8,7 @@ import { EnvCard } from "./env.mjs";
 import { HostCard } from "./host.mjs";
 import { Icon } from "./icons.mjs";
 import { Bar } from "./parts.mjs";
+import { Timeline } from "./timeline.mjs";
 
 const HOSTS_SHOWN = 12;
 const ENVS_SHOWN = 50;
@@ -96,6 +97,7 @@ function Envs() {
   return html`<section id="/envs" aria-labelledby="envs">
     <header class="section">
       <h2 id="envs">Environments</h2>
+      <a class="button" href="#/new">New environment</a>
       <div class="filter">
         <label for="filter">Filter</label>
         <input id="filter" type="search" autocomplete="off" spellcheck="false" placeholder="name, owner, host, image, address" value=${words.value} onInput=${(event) => (words.value = event.target.value)} />
@@ -111,5 +113,5 @@ function Envs() {
 
 /** The page `#/`. */
 export function FleetPage() {
-  return html`<div class="overview"><${Figure} /><${Facts} /></div><${Envs} /><${Hosts} />`;
+  return html`<div class="overview"><${Figure} /><${Facts} /></div><${Timeline} /><${Envs} /><${Hosts} />`;
 }

@@ -4,6 +4,7 @@ import { span } from "../format.mjs";
 import { heardAt, now, revision, skew, tally } from "../store.mjs";
 import { hasKey, link, retryNow, setKey } from "../stream.mjs";
 import { route } from "../route.mjs";
+import { EditPage } from "./edit.mjs";
 import { EnvPage } from "./env.mjs";
 import { FleetPage } from "./fleet.mjs";
 import { HostPage } from "./host.mjs";
@@ -43,6 +44,7 @@ function Page() {
     return html`<p class="loading" role="status"><${Icon} name="turning" />Asking the controller for the fleet…</p>`;
   const { page, id } = route.value;
   if (page === "env") return html`<${EnvPage} key=${id} name=${id} />`;
+  if (page === "new" || page === "edit") return html`<${EditPage} key=${`${page} ${id}`} name=${page === "edit" ? id : ""} />`;
   if (page === "host") return html`<${HostPage} key=${id} id=${id} />`;
   return html`<${FleetPage} />`;
 }

@@ -1,9 +1,11 @@
 // A host: a card on the first page, and its own page (`#/host/ID`) with the machines placed on it.
 import { html } from "../html.mjs";
-import { moment, plural, share } from "../format.mjs";
-import { byName, hosts, vms } from "../store.mjs";
+import { moment, plural, share, span } from "../format.mjs";
+import { byName, heartbeats, hosts, now, vms } from "../store.mjs";
 import { HOST_STATES, say } from "../verdict.mjs";
 import { href } from "../route.mjs";
+import { HostActions } from "./doing.mjs";
+import { EventList } from "./events.mjs";
 import { Icon } from "./icons.mjs";
 import { Machines } from "./machine.mjs";
 import { Bar, Name, Sign } from "./parts.mjs";
@@ -19,9 +21,19 @@ function Room({ resource }) {
   </dl>`;
 }
 
+/** When it was last heard, and what keeps new machines from it. */
+function Heard({ host }) {
+  const at = heartbeats.value[host.id];
+  return html`<p class="muted">
+    ${at !== undefined && html`<span>heard ${span(now.value - at)} ago</span>`}
+    ${host.cordoned && html` <${Sign} icon="paused" word=${host.drain ? `Cordoned, ${host.drain.state}: ${host.drain.left} of ${host.drain.total} left` : "Cordoned"} tone="waiting" />`}
+  </p>`;
+}
+
 function Body({ host }) {
   return html`<p class="muted"><${Name} text=${host.addr} mono /></p>
     <p class="muted">${plural(host.resource.vm_count, "machine")} · ${host.engines.length ? host.engines.join(", ") : "engines not known yet"} · ${host.storage} storage</p>
+    <${Heard} host=${host} />
     ${host.message && html`<p class="message"><bdi>${host.message}</bdi></p>`}
     ${host.resource.cpu_total > 0 && html`<${Room} resource=${host.resource} />`}`;
 }
@@ -51,5 +63,6 @@ export function HostPage({ id }) {
     <article class="card env">
       <header><h2>Machines placed here</h2></header>
       ${placed.length ? html`<${Machines} ids=${placed.map((vm) => vm.id)} label=${`Machines on ${id}`} withEnv full />` : html`<p class="empty">None.</p>`}
-    </article>`}`;
+    </article>
+    <${HostActions} host=${host} /><${EventList} of="host" id=${id} />`}`;
 }

@@ -5,6 +5,7 @@ import { hosts, vms } from "../store.mjs";
 import { say, STATES, VERDICTS, verdictOf } from "../verdict.mjs";
 import { href } from "../route.mjs";
 import { Icon } from "./icons.mjs";
+import { Lane } from "./lane.mjs";
 import { Copy, Countdown, Name, Sign } from "./parts.mjs";
 
 const DESIRED = { running: "Running", stopped: "Stopped", absent: "Gone" };
@@ -93,6 +94,7 @@ export function Machine({ id, full, withEnv }) {
     <${Where} vm=${vm} />
     <${Reach} vm=${vm} />
     <${Note} vm=${vm} verdict=${verdict} />
+    ${full && html`<${Lane} vm=${vm} />`}
     ${full && html`<${Details} vm=${vm} />`}
   </li>`;
 }
