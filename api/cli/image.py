@@ -59,6 +59,45 @@ def _record(built: Any) -> dict[str, Any]:
     return {**{name: getattr(built, name) for name in names}, "path": str(built.path) if built.path else None}
 
 
+@image.command()
+@click.argument("name")
+@click.argument("url")
+@click.option("--sha256", required=True, metavar="HEX", help="What `sha256sum` says of the file.")
+@click.option("--max-size", type=click.IntRange(min=1), default=65536, show_default=True, metavar="MIB", help="Refuse more.")
+@_image_dir
+def pull(name: str, url: str, sha256: str, max_size: int, image_dir: Path | None) -> None:
+    """Fetch a qcow2 or raw image; one that was broken off is gone on from where it stopped."""
+    import asyncio
+
+    from agent.errors import AgentError
+    from agent.images.pull import Wanted
+    from agent.images.pull import pull as pull_image
+
+    folder = (image_dir or default_data_dir() / "images").absolute()
+    try:
+        path = asyncio.run(pull_image(Wanted(name, url, sha256), folder, note, max_size=max_size * 2**20))
+    except AgentError as error:
+        raise Failure(error.message) from None
+    say(f"image {name} is ready in {path}, {path.stat().st_size / 2**20:.1f} MiB")
+
+
+@image.command()
+@click.argument("name")
+@_image_dir
+def remove(name: str, image_dir: Path | None) -> None:
+    """Remove an image from this machine; one that disks of VMs stand on stays."""
+    import asyncio
+
+    from agent.errors import AgentError
+    from agent.images.pull import remove as remove_image
+
+    try:
+        gone = asyncio.run(remove_image(name, (image_dir or default_data_dir() / "images").absolute()))
+    except AgentError as error:
+        raise Failure(error.message) from None
+    say(f"image {name} is removed, {gone.size / 2**20:.1f} MiB")
+
+
 @image.command("list")
 @_image_dir
 @output_option()
