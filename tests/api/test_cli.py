@@ -263,7 +263,7 @@ async def test_a_key_is_taken_from_a_file_or_the_environment(tmp_path: Path) -> 
         (["up", "--listen", "9200"], "'9200' is not HOST:PORT, such as 127.0.0.1:9200 (see `muster up --help`)"),
         (
             ["image", "build", "huge"],
-            "there is no recipe huge; there are tiny, busybox, fc-tiny (see `muster image build --help`)",
+            "there is no recipe huge; there are tiny, busybox, fc-tiny, debian (see `muster image build --help`)",
         ),
     ],
 )
