@@ -108,7 +108,7 @@ class Tour:
 
     def _start(self) -> None:
         with self._report.step("start it again") as step:
-            parts.muster(self._site, "start", "env", ENV, "--wait=120")
+            parts.muster(self._site, "start", "env", ENV, "--wait=600")
             self._expect_note(guests.vm_of(self._look(), "qemu"))
             if self._site.docker:
                 guests.page(guests.vm_of(self._look(), "docker"))
