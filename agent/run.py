@@ -17,6 +17,7 @@ import sh
 from agent.errors import CommandFailed
 
 DEFAULT_LIMIT = 60.0  # seconds
+_DYING = 5.0  # seconds; a killed command may first have to come back from the kernel
 
 
 async def run(
@@ -32,7 +33,8 @@ async def run(
     An open file given as `stdin` or `stdout` becomes the command's own, so that streams of any length pass without being read
     here; with `stdout` the text returned is empty.
 
-    The command is killed, with everything in its session, when `limit` seconds pass or the caller is cancelled.
+    The command is killed, with everything in its session, when `limit` seconds pass or the caller is cancelled; the caller goes
+    on once it is gone, so that whoever cleans up does not look before its last change.
     `env` is added to this process's environment. Raises CommandFailed with the command's standard error.
     """
     words = tuple(str(word) for word in argv)
@@ -54,17 +56,23 @@ async def run(
     thread.shutdown(wait=False)
     try:
         async with asyncio.timeout(limit):
-            out = await ended
+            out = await asyncio.shield(ended)
     except sh.ErrorReturnCode as error:
         text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
         raise CommandFailed(words, status=error.exit_code, stderr=text) from None
     except TimeoutError:
-        child.kill()
+        await _killed(child, ended)
         raise CommandFailed(words, status=None, stderr="", why=f"did not end within {limit:g} s and was killed") from None
     except asyncio.CancelledError:
-        child.kill()
+        await _killed(child, ended)
         raise
     return out.decode(errors="replace")
+
+
+async def _killed(child: _Child, ended: asyncio.Future[bytes]) -> None:
+    ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # how it died is no news
+    child.kill()
+    await asyncio.wait([ended], timeout=_DYING)
 
 
 class _Child:

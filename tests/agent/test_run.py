@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent.errors import CommandFailed
@@ -55,3 +56,16 @@ def test_a_command_runs_in_its_callers_network_namespace() -> None:
     with contextlib.closing(Lab()) as lab, inside(lab.namespace("run")):
         links = asyncio.run(run("ip", "-o", "link"))
     assert "eth0" not in links and " lo:" in links
+
+
+async def test_a_cancelled_command_is_gone_before_its_caller_goes_on(tmp_path: Path) -> None:
+    for number in range(5):
+        note = tmp_path / f"pid-{number}"
+        task = asyncio.ensure_future(run("sh", "-c", f"echo $$ > {note}.new && mv {note}.new {note} && exec sleep 60"))
+        async with asyncio.timeout(60):
+            while not note.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert not psutil.pid_exists(int(note.read_text()))
