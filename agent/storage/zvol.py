@@ -148,14 +148,14 @@ class ZvolStorage:
             if int(got["volsize"]) > size_mib * MIB:
                 mib = -(-int(got["volsize"]) // MIB)
                 raise ImageRefused(f"the disk sent is {mib} MiB large and does not fit this VM's disk of {size_mib} MiB")
-            await zfs.zfs("set", f"volsize={size_mib * MIB}", "refreservation=none", "volmode=none", coming)
+            await zfs.patiently("set", f"volsize={size_mib * MIB}", "refreservation=none", "volmode=none", coming)
             await zfs.patiently("rename", name, name + GOING)
         except BaseException:
             with contextlib.suppress(AgentError):
                 await zfs.destroy(coming)
             raise
         await zfs.patiently("rename", coming, name)
-        await zfs.zfs("set", "volmode=dev", name)
+        await zfs.patiently("set", "volmode=dev", name)
         await self._destroy_unchained(name + GOING)
         await self._collect(found["origin"].partition("@")[0])
         await zfs.device_of(name, self._devices)
@@ -173,7 +173,7 @@ class ZvolStorage:
             return
         await self._destroy_unchained(name + GOING)
         if there["volmode"] == "none":
-            await zfs.zfs("set", "volmode=dev", name)
+            await zfs.patiently("set", "volmode=dev", name)
         await zfs.device_of(name, self._devices)
 
     async def _drop_snapshots(self, dataset: str) -> None:
@@ -247,7 +247,7 @@ class ZvolStorage:
         await zfs.clone(base + BASE, disk, properties)
         try:
             if size_mib * MIB > base_size:
-                await zfs.zfs("set", f"volsize={size_mib * MIB}", disk)
+                await zfs.patiently("set", f"volsize={size_mib * MIB}", disk)
             if kind == "rootfs":
                 await grow_filesystem(await zfs.device_of(disk, self._devices), image)
             await zfs.zfs("inherit", MAKING, disk)
@@ -297,7 +297,7 @@ class ZvolStorage:
             try:
                 await self._fill(source, format_, dataset)
                 await zfs.zfs("snapshot", dataset + BASE)
-                await zfs.zfs("set", "readonly=on", dataset)
+                await zfs.patiently("set", "readonly=on", dataset)
                 await zfs.zfs("inherit", MAKING, dataset)
             except AgentError:
                 await zfs.destroy(dataset)

@@ -134,6 +134,17 @@ class ZvolPromises(StorageContract):
         await storage.remove_disk(VM, storage_rig.folder())
         assert await storage_rig.remains(VM) == []
 
+    async def test_somebody_who_looks_at_a_new_disk_as_udev_does_only_delays_it(self, storage_rig: ZvolRig) -> None:
+        await storage_rig.new_storage().ensure_disk(OTHER, storage_rig.folder(OTHER), "base", 16)  # imports the image
+        making = asyncio.ensure_future(storage_rig.new_storage().ensure_disk(VM, storage_rig.folder(), "base", 64))
+        device = storage_rig.devices / storage_rig.runtime / VM
+        async with asyncio.timeout(60):
+            while not device.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        with device.open("rb"):
+            await asyncio.sleep(1)
+        assert await storage_rig.contents(await making) == ("base", 64)
+
     async def test_an_image_that_opens_other_files_is_refused(self, storage_rig: ZvolRig) -> None:
         evil = storage_rig.image_dir / "evil.qcow2"
         await run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", storage_rig.image_dir / "other.raw", evil)

@@ -230,6 +230,8 @@ class Pool:
         wanted = size_of(text)
         if wanted == 0 or wanted % BLOCK:
             raise Refusal(f"cannot set property for '{name}': 'volsize' must be a multiple of volume block size (8K)")
+        if _is_open(self.device(name)):
+            raise Refusal(f"cannot set property for '{name}': dataset is busy")
         os.truncate(self.device(name), wanted)
 
     def value(self, name: str, prop: str) -> tuple[str, str]:
