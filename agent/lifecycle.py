@@ -199,8 +199,8 @@ class Lifecycle:
         self._on_step(entry, "network")
         nic = await self._network.ensure(entry.id, record.lease, entry.engine)
         entry.ruled = True
-        if entry.id not in self._rules.applied or not record.complete:
-            await self._rules.apply()
+        # Also for a VM whose rules were in force: whoever flushed them since must not have it boot without.
+        await self._rules.apply()
         return self._machine(entry, nic, disk)
 
     async def _boot(self, engine: Engine, entry: Entry, machine: Machine) -> None:
@@ -209,6 +209,9 @@ class Lifecycle:
             await engine.prepare(machine)
             self._on_step(entry, "booting")
             await engine.start(machine)
+        if machine.nic.kind == "bridge":
+            # Only now is there the link that the engine made for itself, to be given what the network wants of it.
+            await self._network.ensure(machine.id, machine.nic.lease, engine.kind)
 
     @staticmethod
     def _machine(entry: Entry, nic: Nic, disk: Disk | None) -> Machine:

@@ -166,7 +166,7 @@ def _answer(server: socket.socket, name: str, heard: list[str] | None) -> None:
                 data, caller = server.recvfrom(1500)
                 if not data:
                     return  # shut down
-                heard.append(data.decode())
+                heard.append(data.decode(errors="replace"))
                 server.sendto(f"{name} {caller[0]}".encode(), caller)
             else:
                 connection, caller = server.accept()

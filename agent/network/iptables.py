@@ -1,18 +1,23 @@
-"""Lets the bridge's traffic through Docker's own firewall. Called by the Linux driver; knows nothing of VMs.
+"""Lets the bridge's traffic through the firewalls of others that drop what is forwarded. Called by the Linux driver alone.
 
-Docker sets the policy of iptables' FORWARD to DROP, and a packet must be accepted by every base chain of a hook, so no rule in
-a table of ours can help. DOCKER-USER is the chain that Docker keeps for others:
-https://docs.docker.com/engine/network/packet-filtering-firewalls/
+Docker and ufw set the policy of iptables' FORWARD to DROP, and a packet must be accepted by every base chain of a hook, so no
+rule in a table of ours can help. DOCKER-USER is the chain that Docker keeps for others
+(https://docs.docker.com/engine/network/packet-filtering-firewalls/); where it is missing the rules go to FORWARD itself.
 """
 
 from __future__ import annotations
 
 import shutil
 
+import structlog
+
 from agent.errors import CommandFailed
 from agent.run import run
 
+log = structlog.get_logger()
+
 _LIMIT = 20.0  # seconds; -w waits for the lock of another iptables
+_DOCKERS, _EVERYBODYS = "DOCKER-USER", "FORWARD"
 
 
 def _rules(bridge: str) -> tuple[tuple[str, ...], ...]:
@@ -30,24 +35,22 @@ async def _chain(name: str) -> list[str] | None:
 
 
 async def accept_bridge(bridge: str) -> None:
-    """Accepts what comes from or goes to `bridge` in DOCKER-USER, where that chain exists. Repeatable."""
-    present = await _chain("DOCKER-USER")
+    """Accepts what comes from or goes to `bridge`: in DOCKER-USER if there is one, else in a FORWARD that drops. Repeatable."""
+    name, present = _DOCKERS, await _chain(_DOCKERS)
     if present is None:
-        return
+        name, present = _EVERYBODYS, await _chain(_EVERYBODYS)
+        if present is None or f"-P {_EVERYBODYS} DROP" not in present:
+            return
     for rule in _rules(bridge):
-        if " ".join(("-A", "DOCKER-USER", *rule)) not in present:
-            await run("iptables", "-w", "-I", "DOCKER-USER", *rule, limit=_LIMIT)
+        if " ".join(("-A", name, *rule)) not in present:
+            await run("iptables", "-w", "-I", name, *rule, limit=_LIMIT)
+            log.info("let through the firewall", chain=name, rule=" ".join(rule))
 
 
 async def forget_bridge(bridge: str) -> None:
     """Removes what `accept_bridge` added, however often it is there."""
-    present = await _chain("DOCKER-USER") or []
-    for rule in _rules(bridge):
-        for _ in range(present.count(" ".join(("-A", "DOCKER-USER", *rule)))):
-            await run("iptables", "-w", "-D", "DOCKER-USER", *rule, limit=_LIMIT)
-
-
-async def forward_drops() -> bool:
-    """Whether some other firewall than Docker's drops what FORWARD does not accept: forwards would not work."""
-    forward = await _chain("FORWARD")
-    return forward is not None and "-P FORWARD DROP" in forward and await _chain("DOCKER-USER") is None
+    for name in (_DOCKERS, _EVERYBODYS):
+        present = await _chain(name) or []
+        for rule in _rules(bridge):
+            for _ in range(present.count(" ".join(("-A", name, *rule)))):
+                await run("iptables", "-w", "-D", name, *rule, limit=_LIMIT)

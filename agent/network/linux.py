@@ -7,6 +7,7 @@ Which packets pass is decided in nft.py; this module makes the links, sets the k
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ _TAP_ENGINES = frozenset({Engine.QEMU, Engine.FIRECRACKER})
 class BridgeNetwork:
     """Implements base.Network. `tap_owner` is the uid that may open the taps, None for root alone.
 
-    With `docker_user` the bridge is also let through Docker's firewall, where there is one.
+    With `docker_user` the bridge is also let through iptables' firewall (Docker's, ufw's), where there is one.
     """
 
     name = "bridge"
@@ -96,14 +97,28 @@ class BridgeNetwork:
         warnings = []
         if read_sysctl("net/ipv4/ip_forward") == "0":
             warnings.append("net.ipv4.ip_forward is off; the agent turns it on and leaves it on, for others may rely on it")
-        if self._docker_user and await iptables.forward_drops():
-            warnings.append("a firewall drops forwarded packets (iptables FORWARD policy DROP); allow those of " + self.bridge)
+        warnings += await self._firewalls()
         return tuple(warnings)
+
+    async def _firewalls(self) -> list[str]:
+        """What to do about each nftables firewall of others that drops forwarded packets; iptables' own is dealt with."""
+        listed = json.loads(await run("nft", "-j", "list", "chains", limit=_LIMIT))
+        chains = [each["chain"] for each in listed["nftables"] if "chain" in each]
+        return [
+            f"table {chain['family']} {chain['table']} drops forwarded packets (policy of chain {chain['name']}), those of VMs "
+            "too; let them pass: "
+            + "; ".join(
+                f"nft insert rule {chain['family']} {chain['table']} {chain['name']} {way} {self.bridge} accept"
+                for way in ("iifname", "oifname")
+            )
+            for chain in chains
+            if chain.get("hook") == "forward" and chain.get("policy") == "drop" and chain["family"] in ("ip", "inet")
+            if not is_table_name(chain["table"]) and (chain["table"], chain["name"]) != ("filter", "FORWARD")
+        ]
 
     async def setup(self) -> None:
         """Bridge with the gateway's address, kernel switches, Docker's chain, and hairpin on every port.
 
-        Docker makes its ports without hairpin: a container reaches its own forwards from the next call on.
         Raises Conflict when the bridge or the subnet is somebody else's.
         """
         async with self._setting_up, open_links() as links:
@@ -176,7 +191,11 @@ class BridgeNetwork:
         self._foreign_ports = frozenset(ports)
 
     async def ensure(self, vm_id: VmId, lease: Lease, engine: Engine) -> Nic:
-        """A tap on the bridge for QEMU and Firecracker; for Docker nothing, as it attaches to the bridge itself."""
+        """A tap on the bridge for QEMU and Firecracker. Docker attaches to the bridge itself.
+
+        Docker makes its ports without hairpin, which a container needs to reach its own forwards: called again once the
+        container runs, this gives its port what it lacks.
+        """
         if engine not in _TAP_ENGINES and engine is not Engine.DOCKER:
             raise Unsupported(f"engine {engine} does not run on Linux, so its VMs cannot join bridge {self.bridge}")
         link = ""
@@ -188,12 +207,23 @@ class BridgeNetwork:
                 await links.ensure_tap(link, bridge, self._tap_owner)
                 if read_sysctl(f"net/ipv6/conf/{link}/disable_ipv6") is not None:
                     ensure_sysctl(f"net/ipv6/conf/{link}/disable_ipv6", "1")
+                self._placed |= {link}
+            else:
+                await self._finish_ports(links, bridge)
         dns = resolvers(own)
         if engine is Engine.DOCKER and (lease.deny_outgoing or not dns):
             # Without a server of its own Docker resolves names from the host's side of the bridge, past deny_outgoing.
             # The gateway answers no queries.
             dns = (str(self.gateway),)
         return Nic("tap" if link else "bridge", lease, self.subnet, self.gateway, dns=dns, link=link, bridge=self.bridge)
+
+    async def _finish_ports(self, links: Links, bridge: Link) -> None:
+        async with self._setting_up:
+            placed = [link for link in await self._new_links(links) if link.master]
+            for port in placed:
+                if port.master == bridge.index:
+                    await links.ensure_port(port, bridge)
+            self._placed |= {link.name for link in placed}
 
     async def _require_bridge(self, links: Links) -> Link:
         bridge = await links.find(self.bridge)

@@ -72,7 +72,7 @@ class Site:
             guest = self.lab.machine(self.host, nic.link, lease.mac, cidr, gateway)
         else:
             guest = self.lab.container(self.host, nic.bridge, lease.mac, cidr, gateway)
-            await self.network.setup()
+            await self.network.ensure(vm_id, lease, engine)
         self.lab.serve(guest, "0.0.0.0", WEB, name)
         return guest, lease
 
@@ -389,6 +389,33 @@ async def test_forwards_pass_dockers_firewall_and_teardown_takes_the_exception_b
     assert call(red, str(lease.ip), WEB, patience=UNHEARD) is None
     await site.network.teardown()
     assert command("iptables", "-S") == before
+
+
+async def test_forwards_pass_a_firewall_that_drops_what_is_forwarded_and_teardown_takes_the_exception_back(site: Site) -> None:
+    command("iptables", "-A", "FORWARD", "-p", "icmp", "-j", "ACCEPT")
+    command("iptables", "-P", "FORWARD", "DROP")
+    before = command("iptables", "-S")
+    guest, lease = await site.guest("web", engine=Engine.QEMU)
+    site.lab.serve(site.other, OTHER, 8080, "outside")
+    assert call(site.other, HOST, lease.ports[WEB], patience=UNHEARD) is None
+    await site.network.setup()
+    assert call(site.other, HOST, lease.ports[WEB]) == f"web {OTHER}"
+    assert call(guest, OTHER, 8080) == f"outside {HOST}"
+    assert not (await site.network.probe()).warnings  # type: ignore[union-attr]
+    await site.network.teardown()
+    assert command("iptables", "-S") == before
+
+
+async def test_a_foreign_table_that_drops_forwards_is_told_with_the_commands_that_let_them_pass(site: Site) -> None:
+    chain = "type filter hook forward priority 0; policy drop;"
+    command("nft", "-f", "-", stdin=f"table inet fw {{ chain passing {{\n{chain}\n}}\n}}\n")
+    _, lease = await site.guest("web", engine=Engine.QEMU)
+    assert call(site.other, HOST, lease.ports[WEB], patience=UNHEARD) is None
+    (warning,) = (await site.network.probe()).warnings  # type: ignore[union-attr]
+    assert warning.startswith("table inet fw drops forwarded packets (policy of chain passing)")
+    for said in warning.partition("pass: ")[2].split("; "):
+        command(*said.split())
+    assert call(site.other, HOST, lease.ports[WEB]) == f"web {OTHER}"
 
 
 async def test_a_bridge_with_an_uplink_or_a_subnet_in_use_is_refused(site: Site) -> None:

@@ -23,6 +23,7 @@ from tests.docker_fixture import DockerDaemon
 from tests.netns import command, inside
 
 PATIENCE = 90.0  # seconds; guests start without KVM on a busy machine
+CLI = (sys.executable, "-P", "-m", "api.cli.main")
 _OPS_DOCKERD = Path(__file__).parents[2] / "ops" / "dockerd"
 
 
@@ -42,15 +43,23 @@ class Part:
     log: Path
     namespace: str
     process: psutil.Popen | None = None
+    boot_id: Path | None = None
+    """A file to stand for the kernel's boot id (proc(5)): after a reboot of its host a process reads another."""
 
     def start(self) -> None:
         """Starts it; who needs it to answer has to wait for that."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MUSTER_")}
-        words = ["nsenter", f"--net=/run/netns/{self.namespace}", sys.executable, "-P", "-m", "api.cli.main", *self.words]
+        words = ["nsenter", f"--net=/run/netns/{self.namespace}", *self._own_boot(), *CLI, *self.words]
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
             )
+
+    def _own_boot(self) -> list[str]:
+        if self.boot_id is None:
+            return []
+        mounted = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounted, str(self.boot_id)]
 
     def kill(self) -> None:
         """kill -9, and reaped."""
@@ -175,8 +184,8 @@ NOTHING: dict[str, list[str]] = {"folders": [], "processes": [], "containers": [
 
 
 @contextlib.contextmanager
-def machine(namespace: str, tiny: Path) -> Iterator[Machine]:
-    """A machine with QEMU, Docker, the images tiny and muster/busybox; nothing runs yet."""
+def machine(namespace: str, tiny: Path, *words: str) -> Iterator[Machine]:
+    """A machine with QEMU, Docker, the images tiny and muster/busybox; nothing runs yet. `words` are for its agent."""
     folder = Path(tempfile.mkdtemp(prefix="mte"))  # short: sockets below it must fit into 107 characters
     docker = DockerDaemon(folder / "dk", namespace)
     socket = folder / "dk" / "docker.sock"
@@ -197,6 +206,7 @@ def machine(namespace: str, tiny: Path) -> Iterator[Machine]:
                 "--docker",
                 f"docker -H unix://{socket}",
             ),
+            *words,
         ],
         folder / "agent.log",
         namespace,
@@ -204,8 +214,8 @@ def machine(namespace: str, tiny: Path) -> Iterator[Machine]:
     built = Machine(folder, namespace, controller, agent, docker)
     try:
         docker.start()
-        words = ["image", "build", "busybox", "--image-dir", str(folder / "images"), "--docker", f"docker -H unix://{socket}"]
-        command(sys.executable, "-P", "-m", "api.cli.main", *words)
+        image = ["image", "build", "busybox", "--image-dir", str(folder / "images"), "--docker", f"docker -H unix://{socket}"]
+        command(*CLI, *image)
         yield built
     finally:
         for part in (controller, agent):
