@@ -21,7 +21,7 @@ def is_mac(text: str) -> bool:
 
 def check_leases(subnet: IPv4Network, gateway: IPv4Address, vms: Iterable[tuple[VmId, Lease]]) -> None:
     """Raises Conflict when two leases hold the same address, MAC or host port, or one holds what no rule could be made of."""
-    holders: dict[str, VmId] = {}
+    holders: dict[object, VmId] = {}
     for vm_id, lease in vms:
         if not is_mac(lease.mac):
             raise Conflict(f"the lease of {vm_id} has {lease.mac!r} where a MAC address belongs")
@@ -30,15 +30,21 @@ def check_leases(subnet: IPv4Network, gateway: IPv4Address, vms: Iterable[tuple[
         for guest, host in lease.ports.items():
             if not (0 < guest < 65536 and 0 < host < 65536):
                 raise Conflict(f"the lease of {vm_id} forwards {host} to {guest}, which are not both ports")
-        for held in (f"address {lease.ip}", f"MAC {lease.mac}", *(f"host port {port}" for port in lease.ports.values())):
+        for held in (lease.ip, lease.mac, *lease.ports.values()):
             other = holders.setdefault(held, vm_id)
             if other != vm_id:
-                raise Conflict(f"{other} and {vm_id} both hold {held}; delete one of them")
+                kind = "MAC" if held is lease.mac else "host port" if isinstance(held, int) else "address"
+                raise Conflict(f"{other} and {vm_id} both hold {kind} {held}; delete one of them")
 
 
 def environments(vms: Iterable[tuple[VmId, Lease]]) -> list[list[IPv4Address]]:
     """Addresses that may speak to each other, grouped; a VM alone in its environment needs no group."""
+    return [ips for _, ips in sorted(shared(vms).items())]
+
+
+def shared(vms: Iterable[tuple[VmId, Lease]]) -> dict[str, list[IPv4Address]]:
+    """The same by environment id."""
     groups: defaultdict[str, list[IPv4Address]] = defaultdict(list)
     for _, lease in vms:
         groups[lease.env_id].append(lease.ip)
-    return [ips for _, ips in sorted(groups.items()) if len(ips) > 1]
+    return {env: ips for env, ips in groups.items() if len(ips) > 1}

@@ -21,7 +21,7 @@ from agent.machine import Lease, Nic, Probe, Unusable, Usable
 from agent.network import iptables
 from agent.network.host import ensure_sysctl, port_can_be_bound, read_sysctl, resolvers, ruleset_generation
 from agent.network.netlink import Link, Links, open_links
-from agent.network.nft import DEFAULT_BRIDGE, Site, clear, is_table_name, is_tap_name, render, tap_name
+from agent.network.nft import DEFAULT_BRIDGE, Site, change, clear, is_table_name, is_tap_name, render, tap_name
 from agent.network.pool import DEFAULT_SUBNET, first_address
 from agent.run import run
 from specs.names import Engine, VmId
@@ -58,7 +58,8 @@ class BridgeNetwork:
         self._tap_owner = tap_owner
         self._setting_up = asyncio.Lock()
         self._applying = asyncio.Lock()
-        self._applied: tuple[str, int] | None = None
+        self._applied: tuple[dict[VmId, Lease], int] | None = None
+        """What the tables say, and the generation of the rules in which they began to."""
         self._bridge_is_new = False
         self._placed: frozenset[str] = frozenset()
         """Links known to be on some bridge, and on ours with hairpin: with hundreds, listing them again takes a second."""
@@ -235,20 +236,21 @@ class BridgeNetwork:
         return bridge
 
     async def apply(self, leases: Mapping[VmId, Lease]) -> None:
-        """Replaces both tables. Where nobody has touched any rule since and the leases say the same, nothing is done."""
-        text = render(self._site, leases)
+        """Makes both tables what the leases say: where nobody has touched any rule since, by what differs; else as a whole."""
         async with self._applying:
             if self._bridge_is_new:
                 await self._return_taps(frozenset(map(tap_name, leases)))
             before = ruleset_generation()
-            if before is not None and self._applied == (text, before):
+            known = self._applied[0] if self._applied is not None and self._applied[1] == before else None
+            if known == leases:
                 return
+            text = render(self._site, leases) if known is None else change(self._site, known, leases)
             self._applied = None
             await run("nft", "-f", "-", stdin=text, limit=_LIMIT)
             after = ruleset_generation()
             # Any other step than one means that somebody else's transaction came in between, perhaps undoing ours.
             if before is not None and after == (before + 1) % 2**32:
-                self._applied = (text, after)
+                self._applied = (dict(leases), after)
 
     async def _return_taps(self, names: frozenset[str]) -> None:
         """Puts taps of running VMs back on a bridge that somebody had removed from under them."""

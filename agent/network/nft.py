@@ -11,17 +11,20 @@ every guest and decides with connection tracking. Syntax: nft(8), version 1.0.6 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 
 from agent.machine import Lease, short_hash
-from agent.network.leases import check_leases, environments, is_mac
+from agent.network.leases import check_leases, is_mac, shared
 from specs.names import VmId
 
 DEFAULT_BRIDGE = "muster0"
 _LINK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # fits a kernel link (15 characters) and an nft identifier
 _PREFIX = "muster_"
+_FEW = 64  # VMs; a change of more is written as a whole
 
 
 def tap_name(vm_id: VmId) -> str:
@@ -78,23 +81,88 @@ def render(site: Site, leases: Mapping[VmId, Lease]) -> str:
     return clear(site) + _inet_table(site, vms) + _bridge_table(site, vms)
 
 
+def change(site: Site, before: Mapping[VmId, Lease], leases: Mapping[VmId, Lease]) -> str:
+    """The transaction that makes of the tables of `before` those of `leases`: short where little differs. Raises Conflict."""
+    gone = [(vm_id, lease) for vm_id, lease in before.items() if leases.get(vm_id) != lease]
+    new = [(vm_id, lease) for vm_id, lease in leases.items() if before.get(vm_id) != lease]
+    if not before or not leases or len(gone) + len(new) > _FEW:
+        return render(site, leases)
+    check_leases(site.subnet, site.gateway, leases.items())
+    table = site.table
+    first, last = shared(before.items()), shared(leases.items())
+    over = [_env_name(env) for env in first if env not in last]
+    begun = [_env_name(env) for env in last if env not in first]
+    # What is referred to is made before and removed after what refers to it; an address may change its owner in between.
+    return "".join(
+        [
+            *_element_lines("delete", table, _elements(gone)),
+            *_element_lines("delete", table, _env_elements(first, last)),
+            *(f"flush chain inet {table} {env}\ndelete chain inet {table} {env}\n" for env in over),
+            *(f"delete set inet {table} {env}\n" for env in over),
+            *(f"add set inet {table} {env} {{ type ipv4_addr; }}\n" for env in begun),
+            *(f"add chain inet {table} {env}\nadd rule inet {table} {env} ip daddr @{env} accept\n" for env in begun),
+            *_element_lines("add", table, _elements(new)),
+            *_element_lines("add", table, _env_elements(last, first)),
+        ]
+    )
+
+
+_Elements = dict[tuple[str, str], list[str]]
+"""(family, name of the set or map) to elements."""
+
+
+def _elements(vms: Iterable[tuple[VmId, Lease]]) -> _Elements:
+    """What each VM brings into the sets and maps, whatever the others do."""
+    found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for vm_id, vm in vms:
+        ip, tap = str(vm.ip), f'"{tap_name(vm_id)}"'
+        found["inet", "forwards"] += [f"{host} : {ip} . {guest}" for guest, host in sorted(vm.ports.items())]
+        if vm.deny_outgoing:
+            found["inet", "deny_outgoing"].append(ip)
+        found["bridge", "taps"].append(tap)
+        found["bridge", "macs"].append(vm.mac)
+        found["bridge", "links"].append(f"{tap} . {vm.mac} . {ip}")
+        found["bridge", "owners"].append(f"{vm.mac} . {ip}")
+    return found
+
+
+def _env_elements(envs: Mapping[str, list[IPv4Address]], others: Mapping[str, list[IPv4Address]]) -> _Elements:
+    """What the environments of `envs` bring and those of `others` do not."""
+    found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for env, ips in envs.items():
+        name, there = _env_name(env), set(others.get(env, ()))
+        added = [str(ip) for ip in ips if ip not in there]
+        found["inet", "neighbours"] += [f"{ip} : jump {name}" for ip in added]
+        found["inet", name] += added
+    return found
+
+
+def _element_lines(verb: str, table: str, elements: _Elements) -> Iterable[str]:
+    for (family, name), listed in elements.items():
+        if listed:
+            keys = listed if verb == "add" else [each.partition(" : ")[0] for each in listed]
+            yield f"{verb} element {family} {table} {name} {{ {', '.join(keys)} }}\n"
+
+
+def _env_name(env: str) -> str:
+    """The name of an environment's set and chain."""
+    return f"env_{sha256(env.encode()).hexdigest()[:12]}"
+
+
 def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
     bridge, subnet, gateway = f'"{site.bridge}"', site.subnet, site.gateway
-    shared = environments(vms)
-    forwards = (f"{host} : {vm.ip} . {guest}" for _, vm in vms for guest, host in sorted(vm.ports.items()))
-    quiet = (str(vm.ip) for _, vm in vms if vm.deny_outgoing)
-    neighbours = (f"{ip} : jump env_{number}" for number, ips in enumerate(shared) for ip in ips)
-    env_chains = "".join(
-        f"\tchain env_{number} {{\n\t\tip daddr {{ {', '.join(map(str, ips))} }} accept\n\t}}\n"
-        for number, ips in enumerate(shared)
-    )
+    envs = dict(sorted(shared(vms).items()))
+    elements = _elements(vms) | _env_elements(envs, {})
+    env_sets = "".join(_set(f"set {name}", "ipv4_addr", elements["inet", name]) for name in map(_env_name, envs))
+    env_chains = "".join(f"\tchain {name} {{\n\t\tip daddr @{name} accept\n\t}}\n" for name in map(_env_name, envs))
     # The order of hooks: guard (raw) sees the address as sent, so that a reply to 127.0.0.1 through a forward, which is
     # translated back later, passes, and a guest's own packet to 127.0.0.1 does not.
     return f"""table inet {site.table} {{
-{_set("map forwards", "inet_service : ipv4_addr . inet_service", forwards)}\
-{_set("set deny_outgoing", "ipv4_addr", quiet)}\
+{_set("map forwards", "inet_service : ipv4_addr . inet_service", elements["inet", "forwards"])}\
+{_set("set deny_outgoing", "ipv4_addr", elements.get(("inet", "deny_outgoing"), []))}\
+{env_sets}\
 {env_chains}\
-{_set("map neighbours", "ipv4_addr : verdict", neighbours)}\
+{_set("map neighbours", "ipv4_addr : verdict", elements.get(("inet", "neighbours"), []))}\
 	chain guard {{
 		type filter hook prerouting priority raw; policy accept;
 		iifname != "lo" ip daddr 127.0.0.0/8 drop
@@ -158,17 +226,14 @@ def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
 
 
 def _bridge_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
-    taps = (f'"{tap_name(vm_id)}"' for vm_id, _ in vms)
-    macs = (vm.mac for _, vm in vms)
-    links = (f'"{tap_name(vm_id)}" . {vm.mac} . {vm.ip}' for vm_id, vm in vms)
-    owners = (f"{vm.mac} . {vm.ip}" for _, vm in vms)
+    elements = _elements(vms)
     # A container's port has a name of Docker's choosing, so its frames are known by their MAC, which a container without
     # NET_ADMIN and NET_RAW cannot change. `meta ibrname` would know them all, but not every kernel is built with it.
     return f"""table bridge {site.table} {{
-{_set("set taps", "ifname", taps)}\
-{_set("set macs", "ether_addr", macs)}\
-{_set("set links", "ifname . ether_addr . ipv4_addr", links)}\
-{_set("set owners", "ether_addr . ipv4_addr", owners)}\
+{_set("set taps", "ifname", elements["bridge", "taps"])}\
+{_set("set macs", "ether_addr", elements["bridge", "macs"])}\
+{_set("set links", "ifname . ether_addr . ipv4_addr", elements["bridge", "links"])}\
+{_set("set owners", "ether_addr . ipv4_addr", elements["bridge", "owners"])}\
 	chain to_host {{
 		ether daddr set {site.mac} meta pkttype set host accept
 	}}

@@ -15,7 +15,7 @@ from agent.errors import Conflict
 from agent.machine import Lease, mac_of
 from agent.network.host import ruleset_generation
 from agent.network.linux import BridgeNetwork
-from agent.network.nft import Site, clear, is_tap_name, render, tap_name
+from agent.network.nft import Site, change, clear, is_tap_name, render, tap_name
 from specs.names import VmId
 from tests.netns import Lab, command, inside
 
@@ -67,9 +67,7 @@ def test_forwards_addresses_links_and_silence_are_those_of_the_leases_and_no_oth
 @given(LEASES)
 def test_two_vms_may_speak_exactly_when_they_share_an_environment(leases: dict[VmId, Lease]) -> None:
     text = render(SITE, leases)
-    chains = {
-        name: set(ips.split(", ")) for name, ips in re.findall(r"chain (env_\d+) \{\n\t\tip daddr \{ (.*?) \} accept", text)
-    }
+    chains = {name: set(elements(text, name)) for name in re.findall(r"chain (env_\w+) \{", text)}
     jumps = dict(each.split(" : jump ") for each in elements(text, "neighbours")) if leases else {}
     for one in leases.values():
         reachable = chains.get(jumps.get(str(one.ip), ""), set()) - {str(one.ip)}
@@ -150,6 +148,40 @@ def test_the_kernel_takes_every_rule_set_over_any_other_and_clear_leaves_none(le
             assert first.count("table") == (2 if leases else 0)
             command("nft", "-f", "-", stdin=clear(SITE))
             assert command("nft", "list", "ruleset") == ""
+    finally:
+        lab.close()
+
+
+def parts(text: str) -> dict[tuple[str, str], list[str]]:
+    """Each set, map and chain of a listing; elements sorted."""
+    found: dict[tuple[str, str], list[str]] = {}
+    table, name = "", ""
+    for line in text.splitlines():
+        if line.startswith("table"):
+            table = line
+        elif re.fullmatch(r"\t\w.* \{", line):
+            name = line.strip()
+            found[table, name] = []
+        elif line.strip() not in ("", "}"):
+            found[table, name].append(line.strip())
+    joined = {key: " ".join(lines).partition("elements = {") for key, lines in found.items()}
+    return {key: [head, *sorted(each.strip(" }") for each in listed.split(","))] for key, (head, _, listed) in joined.items()}
+
+
+@pytest.mark.real
+@settings(max_examples=25, deadline=None)
+@given(before=LEASES, leases=LEASES)
+def test_a_change_makes_of_the_rules_of_some_leases_those_of_others(
+    before: dict[VmId, Lease], leases: dict[VmId, Lease]
+) -> None:
+    lab = Lab()
+    try:
+        with inside(lab.namespace("h")):
+            command("nft", "-f", "-", stdin=render(SITE, before))
+            command("nft", "-f", "-", stdin=change(SITE, before, leases))
+            changed = command("nft", "list", "ruleset")
+            command("nft", "-f", "-", stdin=render(SITE, leases))
+            assert parts(changed) == parts(command("nft", "list", "ruleset"))
     finally:
         lab.close()
 
