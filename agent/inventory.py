@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from agent.entry import Caller, Entry, shown_vm
 from agent.errors import DoesNotFit, NotFound
-from agent.machine import Lease
+from agent.machine import Lease, hostname_of
 from agent.network.base import Network
 from agent.network.pool import Taken, allocate
 from agent.records import Records, VmRecord
@@ -97,6 +97,7 @@ class Inventory:
             is_free=self._network.port_is_free,
             port_range=self._port_range,
             avoid_ports=self._resting,
+            name=hostname_of(request),
         )
         record = VmRecord(request=request, cluster_id=caller.cluster, created_at=int(self._now()), lease=lease)
         entry = Entry(vm_id, self._store.folder(vm_id), request, caller.cluster, record.created_at, record)

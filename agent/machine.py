@@ -27,7 +27,7 @@ def mac_of(vm_id: VmId) -> str:
 class Lease:
     """What a VM holds on its host's network for as long as it exists. Recorded in vm.json.
 
-    `ports` maps guest port to host port (TCP).
+    `ports` maps guest port to host port (TCP). `name` is the guest's host name, "" in records of before there was one.
     """
 
     ip: IPv4Address
@@ -35,6 +35,7 @@ class Lease:
     ports: dict[int, int]
     deny_outgoing: bool
     env_id: str
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,15 @@ class Machine:
 
     @property
     def hostname(self) -> str:
-        """The name the guest gets: the VM's name as a DNS label, else one from its id."""
-        wanted = self.request.name or self.id
-        label = "".join(char if char.isascii() and char.isalnum() else "-" for char in wanted.lower()).strip("-")
-        return label[:63].rstrip("-") or "vm"
+        """The name the guest gets."""
+        return hostname_of(self.request)
+
+
+def hostname_of(request: CreateVmReq) -> str:
+    """The VM's name as a DNS label, else one from its id."""
+    wanted = request.name or request.vm_id
+    label = "".join(char if char.isascii() and char.isalnum() else "-" for char in wanted.lower()).strip("-")
+    return label[:63].rstrip("-") or "vm"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from agent.handlers import Services
 from agent.host import HostFacts
 from agent.machine import Unusable
 from agent.network import pick
-from agent.network.base import Network
+from agent.network.base import NamesServed, Network
 from agent.records import Records, RecordStore, io_error
 from agent.runtime import Drivers, Runtime
 from agent.settings import AgentSettings
@@ -103,6 +103,9 @@ class Agent:
         host_id = settings.host_id or detect.host_id(settings.data_dir / "host-id")
         drivers = self._drivers or await _choose(settings)
         self._open.push_async_callback(_close, drivers)
+        if isinstance(drivers.network, NamesServed):
+            self._open.push_async_callback(drivers.network.close_names)
+            await drivers.network.open_names()
         self._runtime = Runtime(
             host_id=host_id,
             store=self._records or RecordStore(settings.runtime_at),

@@ -98,7 +98,8 @@ def _plug_words(nic: Nic) -> list[str]:
 def _dns(nic: Nic) -> tuple[str, ...]:
     # Docker's embedded resolver asks a loopback resolver of the host from the host's own namespace, past every rule of
     # ours. An address given by --dns is asked from the container's namespace, where 127.0.0.1 is the container itself.
-    return ("127.0.0.1",) if nic.lease.deny_outgoing else nic.dns
+    # The gateway answers for the environment's own names alone.
+    return ("127.0.0.1",) if nic.lease.deny_outgoing and nic.dns != (str(nic.gateway),) else nic.dns
 
 
 def network_words(nic: Nic, owner: str, *, podman: bool) -> tuple[str, ...]:

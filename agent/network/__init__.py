@@ -9,7 +9,7 @@ from typing import Literal
 import structlog
 
 from agent.errors import Unsupported
-from agent.machine import Unusable
+from agent.machine import Unusable, Usable
 from agent.network.base import Network
 from agent.network.nft import DEFAULT_BRIDGE
 from agent.network.pool import DEFAULT_SUBNET
@@ -35,14 +35,21 @@ async def pick(
     """
     user = UserNetwork(subnet, forward_addrs)
     if choice == "user":
-        return user
+        return await _told(user)
     found = await _bridge(bridge, subnet, docker_user=docker_user, tap_owner=tap_owner)
     if not isinstance(found, Unusable):
         return found
     if choice == "bridge":
         raise Unsupported(f"--network bridge does not work here: {found.why}")
     log.warning("user-mode network picked", why=found.why)
-    return user
+    return await _told(user)
+
+
+async def _told(network: Network) -> Network:
+    probe = await network.probe()
+    for warning in probe.warnings if isinstance(probe, Usable) else ():
+        log.warning("user network", warning=warning)
+    return network
 
 
 async def _bridge(name: str, subnet: IPv4Network, *, docker_user: bool, tap_owner: int | None) -> Network | Unusable:

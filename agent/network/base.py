@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from agent.machine import Lease, Nic, Probe
 from specs.names import Engine, VmId
@@ -48,4 +48,17 @@ class Network(Protocol):
 
     async def teardown(self) -> None:
         """Removes what `setup` made. Called when the agent ends with no VM on the host."""
+        ...
+
+
+@runtime_checkable
+class NamesServed(Protocol):
+    """A network that tells guests the addresses of their environment's VMs while its agent runs."""
+
+    async def open_names(self) -> None:
+        """Begins to answer."""
+        ...
+
+    async def close_names(self) -> None:
+        """Answers no more."""
         ...

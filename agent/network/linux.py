@@ -11,6 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from ipaddress import IPv4Interface, IPv4Network
 
@@ -20,6 +21,7 @@ from agent.errors import AgentError, CommandFailed, Conflict, Unsupported
 from agent.machine import Lease, Nic, Probe, Unusable, Usable
 from agent.network import iptables
 from agent.network.host import ensure_sysctl, port_can_be_bound, read_sysctl, resolvers, ruleset_generation
+from agent.network.names import Names, NameServer
 from agent.network.netlink import Link, Links, open_links
 from agent.network.nft import DEFAULT_BRIDGE, Site, change, clear, is_table_name, is_tap_name, render, tap_name
 from agent.network.pool import DEFAULT_SUBNET, first_address
@@ -64,11 +66,24 @@ class BridgeNetwork:
         self._placed: frozenset[str] = frozenset()
         """Links known to be on some bridge, and on ours with hairpin: with hundreds, listing them again takes a second."""
         self._foreign_ports: frozenset[int] = frozenset()
+        self._names = Names()
+        self._name_server = NameServer(self._names)
 
     @property
     def bridge(self) -> str:
         """The name of the bridge."""
         return self._site.bridge
+
+    async def open_names(self) -> None:
+        """Begins to answer guests for the names of their environment, by rules from the next `apply` on."""
+        try:
+            self._site = replace(self._site, names_port=await self._name_server.open(self.gateway))
+        except OSError as error:
+            log.warning("VMs will not find each other by name", why=f"no socket at {self.gateway}: {error.strerror}")
+
+    async def close_names(self) -> None:
+        """Answers no more; guests go on to their next name server."""
+        self._name_server.close()
 
     async def probe(self) -> Probe:
         """Makes a bridge and a tap under names of its own and removes them, and lets the kernel check a rule set."""
@@ -212,7 +227,9 @@ class BridgeNetwork:
             else:
                 await self._finish_ports(links, bridge)
         dns = resolvers(own)
-        if engine is Engine.DOCKER and (lease.deny_outgoing or not dns):
+        if self._site.names_port:
+            dns = (str(self.gateway), *(() if lease.deny_outgoing else dns[:2]))
+        elif engine is Engine.DOCKER and (lease.deny_outgoing or not dns):
             # Without a server of its own Docker resolves names from the host's side of the bridge, past deny_outgoing.
             # The gateway answers no queries.
             dns = (str(self.gateway),)
@@ -242,6 +259,7 @@ class BridgeNetwork:
                 await self._return_taps(frozenset(map(tap_name, leases)))
             before = ruleset_generation()
             known = self._applied[0] if self._applied is not None and self._applied[1] == before else None
+            self._names.learn(leases.values())
             if known == leases:
                 return
             text = render(self._site, leases) if known is None else change(self._site, known, leases)

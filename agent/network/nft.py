@@ -44,12 +44,13 @@ def is_table_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The network that the rules guard. `mac` is the bridge's own address."""
+    """The network that the rules guard. `mac` is the bridge's own address, `names_port` where its name server listens (UDP)."""
 
     bridge: str
     subnet: IPv4Network
     gateway: IPv4Address
     mac: str
+    names_port: int = 0
 
     def __post_init__(self) -> None:
         if not _LINK_NAME.fullmatch(self.bridge):
@@ -155,6 +156,11 @@ def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
     elements = _elements(vms) | _env_elements(envs, {})
     env_sets = "".join(_set(f"set {name}", "ipv4_addr", elements["inet", name]) for name in map(_env_name, envs))
     env_chains = "".join(f"\tchain {name} {{\n\t\tip daddr @{name} accept\n\t}}\n" for name in map(_env_name, envs))
+    to_names = from_guests = ""
+    if site.names_port:
+        # By translation, so that never a name server of the host's own is what guests reach.
+        to_names = f"\t\tiifname {bridge} ip daddr {gateway} udp dport 53 dnat ip to {gateway}:{site.names_port}\n"
+        from_guests = f"\t\tip daddr {gateway} udp dport {site.names_port} ct status dnat accept\n"
     # The order of hooks: guard (raw) sees the address as sent, so that a reply to 127.0.0.1 through a forward, which is
     # translated back later, passes, and a guest's own packet to 127.0.0.1 does not.
     return f"""table inet {site.table} {{
@@ -169,6 +175,7 @@ def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
 	}}
 	chain prerouting {{
 		type nat hook prerouting priority dstnat; policy accept;
+{to_names}\
 		fib daddr type local dnat ip to tcp dport map @forwards
 	}}
 	chain output {{
@@ -212,6 +219,7 @@ def _inet_table(site: Site, vms: list[tuple[VmId, Lease]]) -> str:
 		type filter hook input priority filter; policy accept;
 		iifname != {bridge} accept
 		ct state invalid drop
+{from_guests}\
 		ip saddr @deny_outgoing jump replies_only
 		ct state established,related accept
 		icmp type echo-request accept

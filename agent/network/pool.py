@@ -57,6 +57,7 @@ def allocate(
     is_free: Callable[[int], bool],
     port_range: range = DEFAULT_PORT_RANGE,
     avoid_ports: Collection[int] = (),
+    name: str = "",
 ) -> Lease:
     """A lease for `vm_id`: one address, and one host port for each guest port in `ports`.
 
@@ -75,7 +76,7 @@ def allocate(
             f"no room for {vm_id}: it needs {len(wanted)} host ports and only {len(forwards)} of "
             f"{port_range.start}-{port_range.stop - 1} are free; delete VMs or give the agent a wider --port-range"
         )
-    return Lease(ip=ip, mac=mac, ports=forwards, deny_outgoing=deny_outgoing, env_id=env_id)
+    return Lease(ip=ip, mac=mac, ports=forwards, deny_outgoing=deny_outgoing, env_id=env_id, name=name)
 
 
 def _lowest_free_address(taken: set[int], subnet: IPv4Network, gateway: IPv4Address) -> IPv4Address:

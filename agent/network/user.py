@@ -40,7 +40,10 @@ class UserNetwork:
         exposed = (
             "guests without deny_outgoing reach what listens on this host's loopback, also a controller or agent without a key"
         )
-        return Usable(f"QEMU's user-mode network, {self.subnet}, forwards on {', '.join(self._forward_addrs)}", (exposed,))
+        return Usable(
+            f"QEMU's user-mode network, {self.subnet}, forwards on {', '.join(self._forward_addrs)}",
+            (exposed, "VMs do not find each other by name: each has a network of its own"),
+        )
 
     async def setup(self) -> None:
         """Nothing is shared between VMs."""

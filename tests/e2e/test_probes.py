@@ -36,6 +36,7 @@ each() {
     tcp) said=$(nc -w 3 $3 $4 </dev/null 2>/dev/null | head -n 1);;
     web) said=$(printf 'GET /who HTTP/1.0\\r\\n\\r\\n' | nc -w 3 $3 $4 2>/dev/null | tail -n 1);;
     dns) timeout 3 nslookup $1.invalid $3 >/dev/null 2>&1; said=;;
+    name) said=$(nslookup $3 2>/dev/null | sed -n 's/^Address[ 0-9]*: *//p' | grep -v ':53$' | grep -v '#53$' | tail -n 1);;
     ping) ping -c 1 -W 2 $3 >/dev/null 2>&1 && said=alive || said=;;
   esac
   echo "$1|$said"
@@ -198,6 +199,7 @@ def check(net: Net) -> None:
 
     friends = {"open": "box", "quiet": "box", "box": "open", "hush": "stranger", "stranger": "hush"}
     enemies = {"open": "stranger", "quiet": "hush", "box": "hush", "hush": "open", "stranger": "quiet"}
+    env_of = {"open": "blue", "quiet": "blue", "box": "blue", "hush": "red", "stranger": "red"}
     targets, expected = {}, {}
     for name, friend in friends.items():
         enemy, quiet = enemies[name], name in ("quiet", "hush")
@@ -207,6 +209,10 @@ def check(net: Net) -> None:
             f"{name}-asks": ("dns", OTHER, 53),
             "ping": ("ping", OTHER, 0),
             "friend": ("web", ip[friend], 80),
+            "friend-name": ("name", friend, 0),
+            "friend-full-name": ("name", f"{friend}.{env_of[name]}.internal", 0),
+            "enemy-name": ("name", enemy, 0),
+            "enemy-full-name": ("name", f"{enemy}.{env_of[enemy]}.internal", 0),
             "enemy": ("web", ip[enemy], 80),
             "enemy-ping": ("ping", ip[enemy], 0),
             "enemy-forward": ("web", HOST, net.port(enemy)),
@@ -217,6 +223,8 @@ def check(net: Net) -> None:
             **{f"agent-{at}": ("web", at, 9100) for at in (HOST, GATEWAY, "127.0.0.1")},
             **{f"controller-{at}": ("web", at, 9200) for at in (HOST, GATEWAY, "127.0.0.1")},
         }
+        if net.vms[name]["engine"] == "docker":
+            del targets[name]["enemy-name"]  # docker's own name server tells all containers' names to each other
         answers = {
             "outside": f"outside {HOST}",
             # A container may not open raw sockets.
@@ -226,9 +234,16 @@ def check(net: Net) -> None:
             "own-forward": name,
             "own-forward-by-bridge": name,
         }
-        expected[name] = dict.fromkeys(targets[name], "") | ({} if quiet else answers)
+        names = {"friend-name": ip[friend], "friend-full-name": ip[friend]}
+        expected[name] = dict.fromkeys(targets[name], "") | ({} if quiet else answers) | names
     with ThreadPoolExecutor(len(targets)) as pool:
-        assert dict(zip(targets, pool.map(net.tried, targets, targets.values()), strict=True)) == expected
+        tried = dict(zip(targets, pool.map(net.tried, targets, targets.values()), strict=True))
+    otherwise = {
+        (name, what): (said, expected[name].get(what)) for name in tried for what, said in tried[name].items()
+        if said != expected[name].get(what)
+    }  # fmt: skip
+    assert otherwise == {}
+    assert {name: len(answers) for name, answers in tried.items()} == {name: len(want) for name, want in expected.items()}
     heard = {name for name in friends if any(f"{name}-asks" in said for said in net.lab.heard)}
     assert heard == {"open", "box", "stranger"}
     assert not any("early-quiet" in said for said in net.lab.heard)
