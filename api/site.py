@@ -32,6 +32,7 @@ class Watch(ApiHandler):
     @operation(
         query=(
             Param("since", "Only changes after this revision.", kind="integer", says="a revision"),
+            Param("parts", "Tell the VMs of a snapshot in several events before it.", values=("true", "false")),
             Param("pulse", "Also tell counts and heartbeats every few seconds.", values=("true", "false")),
         ),
         fails=(410,),
@@ -64,7 +65,7 @@ class Watch(ApiHandler):
         if has_pulses:
             self.write(hub.history(cast(History, self.settings["history"]).shown()))
         if at is None:
-            self.write(hub.snapshot())
+            self.write(hub.snapshot(in_parts=self.asked.get("parts") == "true"))
             at = hub.revision
         await self.flush()
         while not hub.closed:

@@ -8,8 +8,14 @@ export const byName = (a, b) => collator.compare(a, b);
 
 class Collection {
   #cells = new Map();
+  #changed;
   ids = signal([]);
   all = computed(() => this.ids.value.map((id) => this.#cells.get(id).value));
+
+  /** `changed(old, object)` is told of every difference, undefined standing for "not there". */
+  constructor(changed = () => {}) {
+    this.#changed = changed;
+  }
 
   /** The object, or undefined; whoever reads it in a view is redrawn when it changes, comes or goes. */
   get(id) {
@@ -19,10 +25,16 @@ class Collection {
     return undefined;
   }
 
+  /** The object as it is now, without being redrawn for it. */
+  peek(id) {
+    return this.#cells.get(id)?.peek();
+  }
+
   put(id, object) {
     const cell = this.#cells.get(id);
+    if (!object && !cell) return;
+    const old = cell?.peek();
     if (!object) {
-      if (!cell) return;
       this.#cells.delete(id);
       this.ids.value = this.ids.value.filter((other) => other !== id);
       cell.value = undefined;
@@ -32,20 +44,105 @@ class Collection {
       this.#cells.set(id, signal(object));
       this.ids.value = [...this.ids.value, id];
     }
+    this.#changed(old, object);
   }
 
   replace(objects) {
     const old = this.#cells;
-    this.#cells = new Map(objects.map((object) => [object.id, old.get(object.id) ?? signal(object)]));
+    this.#cells = new Map(objects.map((object) => [object.id, old.get(object.id) ?? signal(undefined)]));
     this.ids.value = [...this.#cells.keys()];
-    for (const object of objects) this.#cells.get(object.id).value = object;
-    for (const [id, cell] of old) if (!this.#cells.has(id)) cell.value = undefined;
+    const change = (cell, object) => {
+      const before = cell.peek();
+      cell.value = object;
+      this.#changed(before, object);
+    };
+    for (const [id, cell] of old) if (!this.#cells.has(id)) change(cell, undefined);
+    for (const object of objects) change(this.#cells.get(object.id), object);
   }
 }
 
+const NONE = Object.freeze({ total: 0, ok: 0, busy: 0, waiting: 0, trouble: 0, leaving: 0 });
+/** What was done to keep the indices true, for tests: one change must not cost a walk through the fleet. */
+export const work = { counted: 0, sorted: 0 };
+
+/** The machines by one of their fields, in order of environment and name, each group with its counts; kept true by each change alone. */
+class Index {
+  #groups = new Map();
+  #of;
+  /** Grows when a group comes or goes, or its members or their order change. */
+  structure = signal(0);
+  keys = signal([]);
+
+  constructor(of) {
+    this.#of = of;
+  }
+
+  #group(key) {
+    let group = this.#groups.get(key);
+    if (!group) this.#groups.set(key, (group = { members: new Set(), sorted: null, ids: signal(0), counts: { ...NONE }, counted: signal(0) }));
+    return group;
+  }
+
+  changed(old, vm) {
+    const [from, to] = [old && this.#of(old), vm && this.#of(vm)];
+    if (from !== undefined) this.#count(from, old, -1);
+    if (to !== undefined) this.#count(to, vm, 1);
+    if (old && vm && from === to && old.name === vm.name && old.env_id === vm.env_id) return;
+    if (from !== undefined && from !== to) this.#member(from, (members) => members.delete(old.id));
+    if (to !== undefined) this.#member(to, (members) => members.add(vm.id));
+  }
+
+  #member(key, change) {
+    const group = this.#group(key);
+    const had = group.members.size;
+    change(group.members);
+    if (!had !== !group.members.size) this.keys.value = had ? this.keys.peek().filter((one) => one !== key) : [...this.keys.peek(), key];
+    group.sorted = null;
+    group.ids.value += 1;
+    this.structure.value += 1;
+  }
+
+  #count(key, vm, by) {
+    work.counted += 1;
+    const { counts, counted } = this.#group(key);
+    counts.total += by;
+    counts[verdictOf(vm)] += by;
+    counted.value += 1;
+  }
+
+  /** How many machines a group has, and how many of each verdict. */
+  counts(key) {
+    const { counts, counted } = this.#group(key);
+    counted.value;
+    return { ...counts };
+  }
+
+  /** The ids of a group's machines in order. */
+  ids(key) {
+    const group = this.#group(key);
+    group.ids.value;
+    return this.sorted(key);
+  }
+
+  /** As `ids`, without subscribing. */
+  sorted(key) {
+    const group = this.#group(key);
+    if (!group.sorted) {
+      work.sorted += group.members.size;
+      const found = [...group.members].map((id) => vms.peek(id));
+      group.sorted = found.sort((a, b) => byName(a.env_id, b.env_id) || byName(a.name, b.name) || byName(a.id, b.id)).map(({ id }) => id);
+    }
+    return group.sorted;
+  }
+}
+
+export const byEnv = new Index((vm) => vm.env_id);
+export const byHost = new Index((vm) => vm.host_id || undefined);
+const everywhere = new Index(() => "");
+
 export const hosts = new Collection();
 export const envs = new Collection();
-export const vms = new Collection();
+export const vms = new Collection((old, vm) => [byEnv, byHost, everywhere].forEach((index) => index.changed(old, vm)));
 const byKind = { host: hosts, env: envs, vm: vms };
 
 /** The controller's revision of what is shown; null until a snapshot has come. */
@@ -93,7 +190,7 @@ export function applySnapshot({ revision: at, hosts: allHosts, envs: allEnvs, vm
 export function applyChange({ revision: at, kind, id, object }) {
   if (revision.peek() === null || at < revision.peek()) return false;
   if (kind === "event") events.value = [...events.peek().filter((one) => one.id !== id), object].slice(-EVENTS);
-  else byKind[kind]?.put(id, object);
+  else byKind[kind]?.put(id, object ?? undefined);
   revision.value = at;
   return true;
 }
@@ -109,28 +206,16 @@ export function clear() {
   });
 }
 
+const names = computed(() => {
+  const all = new Set([...envs.ids.value, ...byEnv.keys.value]);
+  return [...all].sort(byName);
+});
+
 /** Every environment's name with the ids of its machines, both in order; machines of an unknown environment included. */
 export const groups = computed(() => {
-  const found = new Map(envs.ids.value.map((id) => [id, []]));
-  for (const vm of vms.all.value) {
-    if (!found.has(vm.env_id)) found.set(vm.env_id, []);
-    found.get(vm.env_id).push(vm);
-  }
-  const names = [...found.keys()].sort(byName);
-  return new Map(
-    names.map((name) => {
-      const members = found.get(name).sort((a, b) => byName(a.name, b.name) || byName(a.id, b.id));
-      return [name, members.map((vm) => vm.id)];
-    }),
-  );
+  byEnv.structure.value;
+  return new Map(names.value.map((name) => [name, byEnv.sorted(name)]));
 });
 
 /** How many machines there are, and how many of each verdict. */
-export const tally = computed(() => {
-  const count = { total: 0, ok: 0, busy: 0, waiting: 0, trouble: 0, leaving: 0 };
-  for (const vm of vms.all.value) {
-    count.total += 1;
-    count[verdictOf(vm)] += 1;
-  }
-  return count;
-});
+export const tally = computed(() => everywhere.counts(""));

@@ -7,6 +7,8 @@ import { applyChange, applyHistory, applyPulse, applySnapshot, clear, heardAt, r
 const SILENCE = 25_000; // ms; the controller says something every 10 s
 const FIRST_DELAY = 500; // ms, doubled with each attempt
 const LONGEST_DELAY = 10_000; // ms
+const TOGETHER = 100; // ms; changes are shown at most this often
+const SLICE = 16; // ms of reading, then the browser has its turn
 const KEY = "muster.key";
 
 /**
@@ -30,6 +32,7 @@ let request = new AbortController();
 /** Keeps the key for this tab ("" forgets it) and connects anew with it. */
 export function setKey(value) {
   key = value;
+  waiting = [];
   try {
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
@@ -79,8 +82,42 @@ class KeyNeeded extends Error {}
 class BeginAnew extends Error {}
 class OutOfStep extends Error {}
 
+const channel = new MessageChannel();
+/** Lets the browser draw and answer the user; unlike a timer it is not slowed down in a tab behind others. */
+const breathe = () =>
+  new Promise((resolve) => {
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(null);
+  });
+
+let waiting = []; // changes that came and are not shown yet
+let timer = null;
+let shownAt = 0;
+
+function flush() {
+  clearTimeout(timer);
+  timer = null;
+  shownAt = performance.now();
+  const changes = waiting;
+  waiting = [];
+  batch(() => {
+    for (const change of changes) if (!applyChange(change)) throw new OutOfStep("the controller's account went back in time");
+  });
+}
+
+/** The first change after a pause is shown at once, then as many together as come within a moment nobody sees. */
+function flushSoon() {
+  timer ??= setTimeout(() => {
+    try {
+      flush();
+    } catch (error) {
+      request.abort(error);
+    }
+  }, Math.max(0, shownAt + TOGETHER - performance.now()));
+}
+
 /** One connection, from the request to its end; always throws, with the reason in words. */
-async function readOnce(abort, connected) {
+async function readOnce(abort, asked, connected) {
   let dog;
   const pet = () => {
     clearTimeout(dog);
@@ -89,7 +126,7 @@ async function readOnce(abort, connected) {
   pet();
   try {
     const since = revision.peek();
-    const response = await fetch(since === null ? "api/watch?pulse=true" : `api/watch?pulse=true&since=${since}`, {
+    const response = await fetch(since === null ? "api/watch?pulse=true&parts=true" : `api/watch?pulse=true&since=${since}`, {
       headers: key ? { Authorization: `Bearer ${key}` } : {},
       cache: "no-store",
       redirect: "error",
@@ -106,29 +143,42 @@ async function readOnce(abort, connected) {
     if (since !== null) connected();
     const push = eventParser();
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    const parts = [];
+    let began = performance.now();
     for (;;) {
       const { done, value } = await reader.read();
       if (done) throw new Error("the controller ended the connection");
       pet();
-      batch(() => push(value).forEach((event) => take(event, connected)));
+      for (const event of push(value)) {
+        take(event, parts, connected);
+        if (performance.now() - began < SLICE) continue;
+        await breathe();
+        began = performance.now();
+      }
       heardAt.value = Date.now();
     }
   } finally {
     clearTimeout(dog);
+    if (asked === key) flush(); // what has come is part of what the next connection goes on from
   }
 }
 
-function take({ event, data }, connected) {
-  let followed = true;
+/** Takes one event; the machines of a large fleet come in `parts` before their snapshot, so that none takes long to read. */
+function take({ event, data }, parts, connected) {
+  let told;
   try {
-    if (event === "snapshot") applySnapshot(JSON.parse(data));
-    else if (event === "history") applyHistory(JSON.parse(data));
-    else if (event === "pulse") applyPulse(JSON.parse(data));
-    else if (event === "change") followed = applyChange(JSON.parse(data));
+    told = JSON.parse(data);
+    if (event === "change") waiting.push(told);
+    else if (event === "part") parts.push(...told.vms);
+    else if (event === "snapshot") {
+      waiting = [];
+      applySnapshot({ ...told, vms: parts.splice(0).concat(told.vms) });
+    } else if (event === "history") applyHistory(told);
+    else if (event === "pulse") applyPulse(told);
   } catch (error) {
     throw new OutOfStep("the controller said something this page does not understand", { cause: error });
   }
-  if (!followed) throw new OutOfStep("the controller's account went back in time");
+  if (event === "change") flushSoon();
   if (event === "snapshot") connected();
 }
 
@@ -150,7 +200,7 @@ export async function follow() {
     const abort = (request = new AbortController());
     const asked = key;
     try {
-      await readOnce(abort, () => {
+      await readOnce(abort, asked, () => {
         failures = 0;
         link.value = { state: "live" };
       });
@@ -166,7 +216,7 @@ export async function follow() {
         revision.value = null; // what is shown stays until the snapshot replaces it
       } else {
         // A change that made no sense may have been half of what is missing: only a snapshot sets it right.
-        if (error instanceof OutOfStep) revision.value = null;
+        if (why instanceof OutOfStep) revision.value = null;
         failures += 1;
         await lost(why, failures);
       }

@@ -117,6 +117,21 @@ async def test_a_watcher_that_asks_for_it_is_told_counts_and_heartbeats(tmp_path
         assert seen["pulse"]["sample"]["desired"] == 0 and "host-0" in seen["pulse"]["heartbeats"]
 
 
+async def test_a_watcher_that_asks_for_it_is_told_the_vms_in_parts_before_the_snapshot(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(hub, "PART", 2)
+    async with FleetRig(tmp_path) as rig, asyncio.timeout(60):
+        await rig.call("POST", "/api/envs?wait=30", env("web", vm(name="a", count=5)))
+        told: list[tuple[str, int]] = []
+        async with aclosing(events(rig, "?parts=true")) as watched:
+            async for name, data in watched:
+                told.append((name, len(data["vms"])))
+                if name == "snapshot":
+                    break
+        assert told == [("part", 2), ("part", 2), ("part", 1), ("snapshot", 0)]
+
+
 async def test_nothing_is_serialised_long_after_the_last_watcher_left_and_a_return_begins_anew(
     tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -17,6 +17,7 @@ from tornado.iostream import StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler, StaticFileHandler
 
+from api.hub import PART
 from api.site import ROUTES
 from specs.names import Engine, Storage
 from specs.wire import Condition, Env, Host, Resource, Vm
@@ -91,7 +92,12 @@ class _Watch(RequestHandler):
         said: asyncio.Queue[str | None] = asyncio.Queue()
         told.listeners.add(said)
         try:
-            self.write(told.snapshot() if since is None else "".join(frame for at, frame in told.ring if at > int(since)))
+            in_parts = self.get_query_argument("parts", "false") == "true"
+            self.write(
+                told.snapshot(in_parts=in_parts)
+                if since is None
+                else "".join(frame for at, frame in told.ring if at > int(since))
+            )
             await self.flush()
             while (frame := await said.get()) is not None:
                 self.write(frame)
@@ -130,13 +136,18 @@ class ScriptedController:
         """The address to open."""
         return f"http://127.0.0.1:{self.port}/"
 
-    def snapshot(self) -> str:
-        """The event a watch begins with."""
+    def snapshot(self, *, in_parts: bool = False) -> str:
+        """The events a watch begins with, as api/hub.py tells them."""
         lists = {
             f"{wanted}s": [one.model_dump(mode="json") for (kind, _), one in self.objects.items() if kind == wanted]
             for wanted in KIND.values()
         }
-        return f"event: snapshot\ndata: {json.dumps({'revision': self.revision, **lists})}\n\n"
+        parts = ""
+        if in_parts:
+            vms, lists["vms"] = lists["vms"], []
+            for at in range(0, len(vms), PART):
+                parts += f"event: part\ndata: {json.dumps({'vms': vms[at : at + PART]})}\n\n"
+        return f"{parts}event: snapshot\ndata: {json.dumps({'revision': self.revision, **lists})}\n\n"
 
     def say(self, *changed: Host | Env | Vm) -> None:
         """Changes or adds objects."""

@@ -1,41 +1,25 @@
 // The first page: how far the fleet is from what was asked for, then hosts and environments.
 import { html } from "../html.mjs";
-import { plural, share } from "../format.mjs";
-import { byName, envs, groups, hosts, tally, vms } from "../store.mjs";
-import { VERDICTS, verdictOf } from "../verdict.mjs";
-import { computed, signal } from "../vendor/signals.mjs";
+import { share } from "../format.mjs";
+import { ask, query } from "../route.mjs";
+import { byName, envs, groups, hosts, tally } from "../store.mjs";
+import { VERDICTS } from "../verdict.mjs";
+import { signal } from "../vendor/signals.mjs";
 import { EnvCard } from "./env.mjs";
+import { EnvSearch, EnvTable, found, isFiltered } from "./envs.mjs";
+import { HeatGrid } from "./heat.mjs";
 import { HostCard } from "./host.mjs";
 import { Icon } from "./icons.mjs";
 import { Bar } from "./parts.mjs";
 import { Timeline } from "./timeline.mjs";
 
 const HOSTS_SHOWN = 12;
-const ENVS_SHOWN = 50;
-const words = signal("");
-const only = signal(""); // a verdict, or "" for all
+const CARDS = 12; // environments; more of them are a table
+const HEAT = 30; // hosts; more of them are a grid
 const allHosts = signal(false);
-const allEnvs = signal(false);
-
-/** The environments to show, each with the ids of its machines that match; an environment without any is left out. */
-const shown = computed(() => {
-  const wanted = words.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-  if (!wanted.length && !only.value) return [...groups.value];
-  const fits = (text) => wanted.every((word) => text.includes(word));
-  const found = [];
-  for (const [name, ids] of groups.value) {
-    const owner = envs.get(name)?.owner ?? "";
-    const left = ids.filter((id) => {
-      const vm = vms.get(id);
-      const text = [name, owner, vm.name, vm.id, vm.host_id, vm.image, vm.engine, vm.ip, vm.state].join("\n").toLowerCase();
-      return (!only.value || verdictOf(vm) === only.value) && fits(text);
-    });
-    if (left.length || (!only.value && !ids.length && fits(`${name}\n${owner}`.toLowerCase()))) found.push([name, left]);
-  }
-  return found;
-});
 
 function Figure() {
+  const only = query.value.only;
   const { total, ...counts } = tally.value;
   const rest = total - counts.ok;
   return html`<section class="figure" aria-label="Convergence">
@@ -47,8 +31,8 @@ function Figure() {
     <div class="legend" role="group" aria-label="Show only">
       ${Object.entries(VERDICTS).map(
         ([verdict, { icon, word }]) =>
-          (counts[verdict] > 0 || only.value === verdict) &&
-          html`<button type="button" key=${verdict} class="chip tone-${verdict}" aria-pressed=${only.value === verdict} onClick=${() => (only.value = only.value === verdict ? "" : verdict)}>
+          (counts[verdict] > 0 || only === verdict) &&
+          html`<button type="button" key=${verdict} class="chip tone-${verdict}" aria-pressed=${only === verdict} onClick=${() => ask({ only: only === verdict ? "" : verdict })}>
             <${Icon} name=${icon} /><b>${counts[verdict]}</b> ${word.toLowerCase()}
           </button>`,
       )}
@@ -81,33 +65,22 @@ function Hosts() {
   return html`<section id="/hosts" aria-labelledby="hosts">
     <header class="section"><h2 id="hosts">Hosts</h2></header>
     ${!sorted.length && html`<p class="empty">No host yet. Register one: <code>muster host add ADDRESS:9100</code></p>`}
-    <ul class="hosts">${some.map((host) => html`<${HostCard} key=${host.id} id=${host.id} />`)}</ul>
-    ${sorted.length > some.length && html`<button type="button" class="more" onClick=${() => (allHosts.value = true)}>Show all ${sorted.length} hosts</button>`}
+    ${sorted.length > HEAT && html`<${HeatGrid} hosts=${sorted} />`}
+    ${sorted.length <= HEAT && html`<ul class="hosts">${some.map((host) => html`<${HostCard} key=${host.id} id=${host.id} />`)}</ul>`}
+    ${sorted.length <= HEAT && sorted.length > some.length && html`<button type="button" class="more" onClick=${() => (allHosts.value = true)}>Show all ${sorted.length} hosts</button>`}
   </section>`;
 }
 
 function Envs() {
-  const filtered = words.value.trim() !== "" || only.value !== "";
-  const entries = shown.value;
-  const some = allEnvs.value ? entries : entries.slice(0, ENVS_SHOWN);
-  const reset = () => {
-    words.value = "";
-    only.value = "";
-  };
+  const few = groups.value.size <= CARDS;
   return html`<section id="/envs" aria-labelledby="envs">
     <header class="section">
       <h2 id="envs">Environments</h2>
       <a class="button" href="#/new">New environment</a>
-      <div class="filter">
-        <label for="filter">Filter</label>
-        <input id="filter" type="search" autocomplete="off" spellcheck="false" placeholder="name, owner, host, image, address" value=${words.value} onInput=${(event) => (words.value = event.target.value)} />
-        ${filtered && html`<button type="button" onClick=${reset}>Show all</button>`}
-      </div>
+      <${EnvSearch} />
     </header>
-    ${filtered && html`<p class="muted" role="status">${plural(entries.reduce((sum, [, ids]) => sum + ids.length, 0), "machine")}${only.value && ` ${VERDICTS[only.value].word.toLowerCase()}`} in ${plural(entries.length, "environment")}</p>`}
     ${!groups.value.size && html`<p class="empty">No environment yet. Submit one: <code>muster apply -f hello.yaml</code></p>`}
-    ${some.map(([name, ids]) => html`<${EnvCard} key=${name} name=${name} ids=${ids} filtered=${filtered} />`)}
-    ${entries.length > some.length && html`<button type="button" class="more" onClick=${() => (allEnvs.value = true)}>Show all ${entries.length} environments</button>`}
+    ${few ? found.value.map(([name, ids]) => html`<${EnvCard} key=${name} name=${name} ids=${ids} filtered=${isFiltered.value} />`) : html`<${EnvTable} />`}
   </section>`;
 }
 

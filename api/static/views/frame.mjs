@@ -6,7 +6,9 @@ import { hasKey, link, retryNow, setKey } from "../stream.mjs";
 import { route } from "../route.mjs";
 import { EditPage } from "./edit.mjs";
 import { EnvPage } from "./env.mjs";
+import { EnvsPage } from "./envs.mjs";
 import { FleetPage } from "./fleet.mjs";
+import { Help, openHelp } from "./help.mjs";
 import { HostPage } from "./host.mjs";
 import { Icon } from "./icons.mjs";
 import { KeyPage } from "./key.mjs";
@@ -25,7 +27,7 @@ function Stale() {
   const here = now.value * 1000 - skew.value; // ticks with `now`, in this machine's own time
   const last = heardAt.value;
   const left = Math.ceil((retryAt - here) / 1000);
-  return html`<div class="banner">
+  return html`<section class="banner" aria-label="Connection">
     <${Icon} name="warning" />
     <div>
       <p role="alert"><b>${last === null ? "No word from the controller" : "What you see may have changed"}</b> — ${why}.</p>
@@ -35,7 +37,7 @@ function Stale() {
       </p>
     </div>
     <button type="button" onClick=${retryNow}>Try now</button>
-  </div>`;
+  </section>`;
 }
 
 function Page() {
@@ -43,6 +45,7 @@ function Page() {
   if (heardAt.value === null || (revision.value === null && link.value.state === "connecting"))
     return html`<p class="loading" role="status"><${Icon} name="turning" />Asking the controller for the fleet…</p>`;
   const { page, id } = route.value;
+  if (page === "envs") return html`<${EnvsPage} />`;
   if (page === "env") return html`<${EnvPage} key=${id} name=${id} />`;
   if (page === "new" || page === "edit") return html`<${EditPage} key=${`${page} ${id}`} name=${page === "edit" ? id : ""} />`;
   if (page === "host") return html`<${HostPage} key=${id} id=${id} />`;
@@ -60,11 +63,12 @@ export function Frame() {
     <header class="top">
       <a class="brand" href="#/"><svg viewBox="0 0 26 16" aria-hidden="true" focusable="false"><circle cx="3" cy="3" r="3" /><circle cx="13" cy="3" r="3" /><circle cx="23" cy="3" r="3" /><circle cx="3" cy="13" r="3" /><circle cx="13" cy="13" r="3" /><circle class="late" cx="23" cy="13" r="2.4" /></svg>muster</a>
       <span class="link"><${Sign} ...${LINKS[state]} /></span>
+      <button type="button" class="help" aria-label="Keyboard shortcuts" title="Keyboard shortcuts (?)" onClick=${openHelp}>?</button>
       ${hasKey.value && html`<button type="button" onClick=${() => setKey("")}>Forget the key</button>`}
     </header>
     <${Stale} />
     <main id="main" class=${state === "stale" ? "stale" : ""}><${Page} /></main>
-    <${Announcer} /><${Spoken} />`;
+    <${Announcer} /><${Spoken} /><${Help} />`;
 }
 
 /** An address of our own would leave the page that is shown, so the jump is made by hand. */

@@ -1,7 +1,7 @@
 // A host: a card on the first page, and its own page (`#/host/ID`) with the machines placed on it.
 import { html } from "../html.mjs";
 import { moment, plural, share, span } from "../format.mjs";
-import { byName, heartbeats, hosts, now, vms } from "../store.mjs";
+import { byHost, heartbeats, hosts, now } from "../store.mjs";
 import { HOST_STATES, say } from "../verdict.mjs";
 import { href } from "../route.mjs";
 import { HostActions } from "./doing.mjs";
@@ -51,7 +51,7 @@ export function HostCard({ id }) {
 /** The page of a host. */
 export function HostPage({ id }) {
   const host = hosts.get(id);
-  const placed = vms.all.value.filter((vm) => vm.host_id === id).sort((a, b) => byName(a.env_id, b.env_id) || byName(a.name, b.name));
+  const placed = byHost.ids(id);
   return html`<nav class="back"><a href="#/"><${Icon} name="back" />Fleet</a></nav>
     <h1 tabindex="-1" class="title"><span class="kind">Host</span><${Name} text=${id} /></h1>
     ${!host && html`<p class="empty">There is no host of this id. It may have been removed, or has told its own id since.</p>`}
@@ -62,7 +62,7 @@ export function HostPage({ id }) {
     </article>
     <article class="card env">
       <header><h2>Machines placed here</h2></header>
-      ${placed.length ? html`<${Machines} ids=${placed.map((vm) => vm.id)} label=${`Machines on ${id}`} withEnv full />` : html`<p class="empty">None.</p>`}
+      ${placed.length ? html`<${Machines} ids=${placed} label=${`Machines on ${id}`} withEnv full />` : html`<p class="empty">None.</p>`}
     </article>
     <${HostActions} host=${host} /><${EventList} of="host" id=${id} />`}`;
 }
