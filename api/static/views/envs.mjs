@@ -170,7 +170,7 @@ export function EnvSearch() {
 export function EnvsPage() {
   const only = query.value.only;
   return html`<nav class="back"><a href="#/"><${Icon} name="back" />Fleet</a></nav>
-    <header class="section">
+    <section aria-label="Environments"><header class="section">
       <h1 tabindex="-1" class="title">Environments</h1>
       <a class="button" href="#/new">New environment</a>
       <${EnvSearch} />
@@ -178,5 +178,5 @@ export function EnvsPage() {
     <div class="legend" role="group" aria-label="Show only">${Object.entries(VERDICTS).map(
       ([verdict, { icon, word }]) => html`<button type="button" key=${verdict} class="chip tone-${verdict}" aria-pressed=${only === verdict} onClick=${() => ask({ only: only === verdict ? "" : verdict })}><${Icon} name=${icon} />${word}</button>`,
     )}</div>
-    <${EnvTable} />`;
+    <${EnvTable} /></section>`;
 }
