@@ -23,6 +23,7 @@ def make_routes() -> list[Any]:
         (r"/api/vms", handlers.VmsHandler),
         (vm, handlers.VmHandler),
         (rf"{vm}/spec", handlers.SpecHandler),
+        (rf"{vm}/console", handlers.ConsoleHandler),
         (rf"{vm}/(?P<verb>stop|start)", handlers.PowerHandler),
         (rf"{vm}/disk", DiskHandler),
         (r"/healthz", handlers.HealthHandler),

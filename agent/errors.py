@@ -48,6 +48,12 @@ class ImageRefused(AgentError):
     status, code = 422, "image_refused"
 
 
+class NoConsole(AgentError):
+    """Nobody keeps what this VM says on its console."""
+
+    status, code = 501, "no_console"
+
+
 class DoesNotFit(AgentError):
     """No room: memory, disk, addresses or host ports have run out."""
 

@@ -17,8 +17,8 @@ from agent.watch import MAX_WAIT
 from specs.failures import Failure
 from specs.http import Handler
 from specs.names import ClusterId, check_name
-from specs.operations import Param, operation
-from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, CreateVmReq, CreateVmResp
+from specs.operations import TAIL, TAIL_LINES, Param, operation
+from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, Console, CreateVmReq, CreateVmResp
 
 _STATUS: dict[Outcome, int] = {"created": 201, "existing": 200, "accepted": 202}
 _MAX_TERM = 2**63 - 1
@@ -188,6 +188,15 @@ class SpecHandler(AgentHandler):
     async def on_get(self, vm_id: str) -> None:
         """The CreateVmReq the VM was made from, so that a controller that lost its records can take the VM over."""
         self.reply(self.runtime.spec(vm_id).wire())
+
+
+class ConsoleHandler(AgentHandler):
+    """GET /api/vms/{id}/console"""
+
+    @operation(gives=Console, fails=(404, 409, 501), query=(TAIL,))
+    async def on_get(self, vm_id: str) -> None:
+        """The last lines the guest wrote on its console, at most 64 KiB; bytes that are no UTF-8 are replaced."""
+        self.reply(Console(text=await self.runtime.console(vm_id, int(self.asked.get("tail", TAIL_LINES)))))
 
 
 class PowerHandler(AgentHandler):

@@ -27,11 +27,12 @@ async def run(
     limit: float = DEFAULT_LIMIT,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    merged: bool = False,
 ) -> str:
     """Runs a command and returns its standard output as text.
 
     An open file given as `stdin` or `stdout` becomes the command's own, so that streams of any length pass without being read
-    here; with `stdout` the text returned is empty.
+    here; with `stdout` the text returned is empty. `merged` returns what was written as errors too, in its place.
 
     The command is killed, with everything in its session, when `limit` seconds pass or the caller is cancelled; the caller goes
     on once it is gone, so that whoever cleans up does not look before its last change.
@@ -47,6 +48,7 @@ async def run(
         "_env": {**os.environ, **env} if env else None,
         "_cwd": str(cwd) if cwd else None,
         **({"_out": stdout} if stdout is not None else {}),
+        **({"_err_to_out": True} if merged else {}),
     }
     child = _Child()
     # A new thread every time: it is in the same network namespace as its caller, which a pool's thread need not be, and many
@@ -58,7 +60,8 @@ async def run(
         async with asyncio.timeout(limit):
             out = await asyncio.shield(ended)
     except sh.ErrorReturnCode as error:
-        text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
+        said = error.stdout if merged else error.stderr
+        text = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
         raise CommandFailed(words, status=error.exit_code, stderr=text) from None
     except TimeoutError:
         await _killed(child, ended)

@@ -17,7 +17,7 @@ import structlog
 
 from agent.engines.base import Engine
 from agent.entry import Caller, Entry, same_spec
-from agent.errors import Conflict, Unsupported
+from agent.errors import Conflict, NoConsole, Unsupported
 from agent.inventory import Capacity, Inventory
 from agent.lifecycle import Gates, Lifecycle
 from agent.machine import StreamFormat
@@ -38,6 +38,7 @@ log = structlog.get_logger(__name__)
 
 Outcome = Literal["created", "existing", "accepted"]
 
+CONSOLE_BYTES = 64 * 1024
 _GONE = "VM {} was deleted while it was being created"
 
 
@@ -162,6 +163,19 @@ class Runtime:
         if entry.request is None:
             raise Conflict(f"the record of VM {entry.id} cannot be read ({entry.broken})")
         return entry.request
+
+    async def console(self, vm_id: str, lines: int) -> str:
+        """The last lines of the VM's console, at most CONSOLE_BYTES. Raises NotFound, Conflict, NoConsole, a driver's error."""
+        request = self.spec(vm_id)
+        entry = self._inventory.find(vm_id)
+        if entry.is_memory:
+            self._check_settled(entry)
+        engine = self._engines.get(request.engine)
+        if engine is None:
+            raise NoConsole(f"this agent has no engine {request.engine}, which would know the console of VM {entry.id}")
+        said = await engine.console(entry.id, entry.folder, CONSOLE_BYTES)
+        kept = said.decode(errors="replace").replace("\r\n", "\n").split("\n")
+        return "\n".join(kept[-lines - 1 :] if not kept[-1] else kept[-lines:])
 
     def list(self) -> list[AgentVm]:
         """Every VM, oldest first, those whose creation failed included."""

@@ -8,12 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from api.base import CONTINUE, ApiHandler
+from api.consoles import read_console
 from api.lists import list_params, page
 from reconciler.loop.intents import NoSuch
 from specs.desired import HostSpec
 from specs.failures import invalid
-from specs.operations import operation
-from specs.wire import FleetStatus, Host, ImageInfo, Vm
+from specs.operations import TAIL, TAIL_LINES, operation
+from specs.wire import Console, FleetStatus, Host, ImageInfo, Vm
 from specs.wire import Version as VersionInfo
 
 
@@ -79,6 +80,18 @@ class VmItem(ApiHandler):
         self.reply(vm)
 
 
+class VmConsole(ApiHandler):
+    """/api/vms/{id}/console"""
+
+    tagged = False  # a guest speaks while nothing else changes
+
+    @operation(gives=Console, fails=(404, 409, 501, 503), query=(TAIL,))
+    async def on_get(self, vm_id: str) -> None:
+        """The last lines the guest wrote on its console, at most 64 KiB, asked of its host's agent."""
+        text = await read_console(self.controller, vm_id, int(self.asked.get("tail", TAIL_LINES)))
+        self.reply(Console(text=text))
+
+
 class Vms(ApiHandler):
     """/api/vms"""
 
@@ -123,6 +136,7 @@ ROUTES: list[Any] = [
     (r"/api/hosts/(?P<host_id>[^/]+)/(?P<verb>cordon|uncordon)", HostCordon),
     (r"/api/vms", Vms),
     (r"/api/vms/(?P<vm_id>[^/]+)", VmItem),
+    (r"/api/vms/(?P<vm_id>[^/]+)/console", VmConsole),
     (r"/api/images", Images),
     (r"/api/status", Status),
     (r"/api/version", Version),

@@ -13,14 +13,14 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from yarl import URL
 
 from specs.names import ClusterId, VmId
-from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, CreateVmReq
+from specs.wire import CLUSTER_HEADER, TERM_HEADER, AgentInfo, AgentVm, Console, CreateVmReq
 
 MAX_REPLY = 16 * 1024 * 1024  # bytes; a longer reply is no answer
 READ_TIMEOUT = 10.0  # seconds
 CALL_TIMEOUT = 300.0  # a plain agent answers a create only once the VM runs
 CONNECT_TIMEOUT = 3.0
 _VMS = TypeAdapter(tuple[AgentVm, ...])
-M = TypeVar("M", AgentInfo, AgentVm, CreateVmReq)
+M = TypeVar("M", AgentInfo, AgentVm, Console, CreateVmReq)
 
 
 class AgentFailure(Exception):
@@ -115,6 +115,11 @@ class AgentClient:
                 return None
             raise
         return _parse(CreateVmReq, body.get("data"), self.addr)
+
+    async def console(self, vm_id: VmId, tail: int) -> str:
+        """The last `tail` lines of the VM's console. Raises AgentFailure; Refused with 404 also from an agent without this."""
+        body = await self._read(f"/api/vms/{vm_id}/console?tail={tail}")
+        return _parse(Console, body.get("data"), self.addr).text
 
     async def create(self, request: CreateVmReq) -> Reply:
         """Creates and starts a VM, or finds it there already."""

@@ -85,6 +85,10 @@ class Operation:
         return found
 
 
+TAIL_LINES = 100
+TAIL = Param("tail", f"So many of the last lines; {TAIL_LINES} if left out.", kind="integer", least=1, most=1000)
+
+
 def _printable(name: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in name[:100]) or "an empty name"
 

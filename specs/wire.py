@@ -361,6 +361,12 @@ class EnvSpecText(Message):
     vms: tuple[ObservedVm, ...] = ()
 
 
+class Console(Message):
+    """The end of what a guest wrote on its console, control characters and all."""
+
+    text: str
+
+
 class Version(Message):
     """What runs here: `term` grows with every start of the controller of `cluster_id`."""
 

@@ -69,6 +69,13 @@ class Engine(Protocol):
         """
         ...
 
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """At most the last `limit` bytes the guest wrote on its console, as it wrote them; nothing kept is b"".
+
+        Raises AgentError when it cannot be known, NoConsole where none is kept.
+        """
+        ...
+
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Removes what this engine has on the host for VM ids outside `known`, and says what it removed.
 

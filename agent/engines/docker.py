@@ -34,6 +34,7 @@ from specs.names import Engine, VmId
 from specs.wire import CreateVmReq
 
 _PREPARED = "docker.id"
+_LOG_LINES = 1000  # as many as may be asked for; the daemon splits a line after 16 KiB
 _STOP_ASKED = "docker.stop-asked"
 _START_LIMIT = 120.0  # seconds
 _STOP_MARGIN = 30.0  # seconds beyond the grace time until a daemon that does not manage to kill is given up
@@ -162,6 +163,14 @@ class DockerEngine:
             return None
         self._known.add(vm_id)
         return state_of(found, stop_asked=(folder / _STOP_ASKED).exists())
+
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """The end of what the daemon kept of the container's output and errors."""
+        try:
+            said = await self._cli("logs", "--tail", str(_LOG_LINES), container_name(vm_id), merged=True)
+        except ContainerMissing:
+            return b""
+        return said.encode()[-limit:]
 
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Removes this agent's containers of unknown VMs, and its docker networks when nothing uses them."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent.errors import AgentError, CommandFailed, DoesNotFit, ImageMissing, NotFound
+from agent.errors import AgentError, CommandFailed, DoesNotFit, ImageMissing, NoConsole, NotFound
 from agent.run import run
 from specs.names import VmId
 
@@ -103,10 +103,10 @@ class DockerCli:
         self.argv = argv
         self._version: Version | None = None
 
-    async def __call__(self, *words: str, stdin: bytes | None = None, limit: float = _LIMIT) -> str:
-        """Returns standard output. Raises the errors of this file, of agent/errors.py, or CommandFailed."""
+    async def __call__(self, *words: str, stdin: bytes | None = None, limit: float = _LIMIT, merged: bool = False) -> str:
+        """Standard output, `merged` with the errors. Raises the errors of this file, of agent/errors.py, or CommandFailed."""
         try:
-            return await run(*self.argv, *words, stdin=stdin, limit=limit)
+            return await run(*self.argv, *words, stdin=stdin, limit=limit, merged=merged)
         except CommandFailed as error:
             raise typed_failure(error) from error
 
@@ -180,6 +180,11 @@ _FAILURES: tuple[tuple[str, type[AgentError], str], ...] = (
         "bring it with `docker pull`, `docker load` or `muster image build`",
     ),
     (r"no such container|no such object: muster-|no container with name", ContainerMissing, "{detail}"),
+    (
+        r"logging driver does not support reading",
+        NoConsole,
+        "the container's output is not kept by its daemon ({detail}); let the daemon use the log driver json-file or local",
+    ),
     (r"network \S+ not found|no such network|could not find bridge|unable to find network", NetworkMissing, "{detail}"),
     (
         r"port is already allocated|bind: address already in use|rootlessport listen",

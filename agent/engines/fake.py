@@ -26,6 +26,7 @@ class FakeMachine:
     pid: int | None = None
     boots: int = 0
     ended: Stopped = field(default_factory=Stopped)
+    console: bytes = b""
 
 
 @dataclass
@@ -53,6 +54,7 @@ class FakeEngines:
         machine.pid = next(self.pids)
         machine.boots += 1
         machine.ended = Stopped()
+        machine.console += b"boot %d\r\n" % machine.boots
 
     def crash(self, vm_id: VmId, message: str = "the process was killed by SIGKILL") -> None:
         """Ends a VM's process as a kill -9 would."""
@@ -159,6 +161,12 @@ class FakeEngine:
             return None
         self._adopted.add(vm_id)
         return Running(made.pid) if made.pid is not None else made.ended
+
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """What a test had the guest say."""
+        await self.world.faults.reach("console", vm_id)
+        made = self.world.machines.get(vm_id)
+        return made.console[-limit:] if made is not None else b""
 
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Forgets the machines outside `known`."""

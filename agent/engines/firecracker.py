@@ -17,10 +17,11 @@ from agent.engines import firecracker_api as api
 from agent.engines import firecracker_jail as jails
 from agent.engines import firecracker_probe
 from agent.engines.base import OnExit
+from agent.engines.console import last_bytes
 from agent.engines.firecracker_config import API, DISK, INITRD, KERNEL, SEED, vm_config
 from agent.engines.firecracker_folder import VmFolder, find_processes
 from agent.engines.firecracker_jail import Jail
-from agent.engines.processes import CONSOLE, VmProcesses, check_link, finish
+from agent.engines.processes import CONSOLE, CONSOLE_OLD, VmProcesses, check_link, finish
 from agent.errors import AgentError, ImageMissing, Unsupported
 from agent.images.catalogue import find_image, image_part
 from agent.machine import DiskKind, EngineState, Machine, Probe, Running
@@ -210,6 +211,10 @@ class FirecrackerEngine:
             files.bound_console()
             return Running(watch.record.pid)
         return files.ending() if files.is_prepared else None
+
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """The end of the log in the folder, and before it that of the log moved aside."""
+        return await asyncio.to_thread(last_bytes, limit, folder / CONSOLE, folder / CONSOLE_OLD)
 
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Kills Firecrackers of this runtime folder whose VM is not in `known`, and removes control groups of such VMs."""

@@ -26,6 +26,7 @@ import structlog
 
 from agent import process
 from agent.engines.base import OnExit
+from agent.engines.console import last_bytes
 from agent.engines.keeper import ASKED, CONSOLE, CONSOLE_OLD, EXIT, MAIN, NOT_STARTED, PLAN, Plan
 from agent.errors import AgentError
 from agent.machine import EngineState, Machine, Running, Stopped, short_hash
@@ -273,6 +274,10 @@ class KeptEngine(abc.ABC):
         if record.boot != boot_id():
             return Stopped("crashed", "the host was restarted while the VM ran")
         return Stopped("crashed", f"its keeper process was killed{said}")
+
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """The end of the log in the folder, and before it that of the log moved aside."""
+        return await asyncio.to_thread(last_bytes, limit, folder / CONSOLE, folder / CONSOLE_OLD)
 
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Ends VMs of this runtime folder that are not in `known`: by their processes, then by what else the kernel holds."""

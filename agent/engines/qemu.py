@@ -19,7 +19,8 @@ from agent import accel as acceleration
 from agent import process
 from agent.engines import qemu_qmp
 from agent.engines.base import OnExit
-from agent.engines.processes import VmProcesses, check_link, finish
+from agent.engines.console import last_bytes
+from agent.engines.processes import CONSOLE, CONSOLE_OLD, VmProcesses, check_link, finish
 from agent.engines.qemu_argv import SEED, STDERR, qemu_argv
 from agent.engines.qemu_folder import VmFolder, find_processes
 from agent.errors import AgentError, Unsupported
@@ -173,6 +174,10 @@ class QemuEngine:
             files.bound_console()
             return Running(watch.record.pid)
         return files.ending() if files.is_prepared else None
+
+    async def console(self, vm_id: VmId, folder: Path, limit: int) -> bytes:
+        """The end of the log in the folder, and before it that of the log moved aside."""
+        return await asyncio.to_thread(last_bytes, limit, folder / CONSOLE, folder / CONSOLE_OLD)
 
     async def leftovers(self, known: frozenset[VmId]) -> tuple[str, ...]:
         """Kills QEMU processes of this runtime folder whose VM is not in `known`."""

@@ -34,6 +34,14 @@ export const moment = (seconds) => new Date(seconds * 1000).toLocaleString(undef
 
 export const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
 
+const pictured = (char) => {
+  const code = char.codePointAt(0);
+  return code < 0x20 ? String.fromCodePoint(0x2400 + code) : code === 0x7f ? "\u2421" : `<${code.toString(16).toUpperCase().padStart(4, "0")}>`;
+};
+
+/** What a machine wrote, with control characters and those that turn the direction of text shown instead of obeyed. */
+export const printable = (text) => text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, pictured);
+
 const isLoopback = (host) => /^(localhost|127\.[\d.]+|::1)$/.test(host);
 
 /**

@@ -64,3 +64,36 @@ async def test_a_restarted_controller_is_followed_again(browser: Browser, tmp_pa
             gone = await rig.call("DELETE", f"/api/hosts/{idle.addr}")
             assert gone.status_code == 200, gone.text
             await expect(page.locator("li.host h3")).to_have_text([placed])
+
+
+async def test_a_console_is_followed_while_it_is_open_and_never_obeyed(browser: Browser, tmp_path: Path) -> None:
+    async with FleetRig(tmp_path) as rig:
+        await rig.call("POST", "/api/envs?wait=30", env("web", vm(name="a")))
+        (machine,) = rig.hosts[0].machines.machines.values()
+        async with opened(browser, str(rig.http.base_url.join("/")), "#/env/web") as page:
+            await page.locator("summary", has_text="Console").click()
+            console = page.get_by_label("Console of a")
+            await expect(console).to_have_text("boot 1")
+            machine.console += "\x1b[2J\u202e<script>broken.push(1)</script>\n".encode()
+            await expect(console).to_contain_text("\u241b[2J<202E><script>broken.push(1)</script>")
+            await rig.hosts[0].halt()
+            await expect(page.locator(".console .message")).to_contain_text("host-0")
+            await rig.hosts[0].boot()
+            await expect(page.locator(".console .message")).to_have_count(0)
+
+
+async def test_events_missed_while_the_controller_was_away_are_shown_when_it_is_back(browser: Browser, tmp_path: Path) -> None:
+    async with FleetRig(tmp_path) as rig:
+        await rig.call("POST", "/api/envs?wait=30", env("web", vm(name="a")))
+        async with opened(browser, str(rig.http.base_url.join("/")), "#/env/web") as page:
+            await expect(page.locator(".events li").first).to_be_visible()
+            await page.route("**/api/watch*", lambda route: route.abort())
+            await rig.stop_controller()
+            await rig.start_controller()
+            (vm_id,) = rig.hosts[0].running()
+            rig.hosts[0].machines.crash(vm_id, "the kernel had enough of it")
+            await rig.until(lambda: vm_id in rig.hosts[0].running())
+            await expect(page.locator(".banner")).to_be_visible()
+            await page.unroute("**/api/watch*")
+            await expect(page.locator(".banner")).to_have_count(0)
+            await expect(page.locator(".events")).to_contain_text("the kernel had enough of it")

@@ -69,6 +69,9 @@ class EngineRig(abc.ABC):
     async def boots(self, machine: Machine) -> int:
         """How often this very disk has booted, as the running guest tells; waits until it has told."""
 
+    async def say(self, machine: Machine) -> None:  # noqa: B027 most guests speak as they boot
+        """Has a running guest that may have been silent so far say something on its console."""
+
     def half_made(self) -> dict[str, Callable[[Machine], Awaitable[None]]]:
         """States in which a killed agent may leave a VM, each with what makes it. Drivers add their own."""
 
@@ -165,6 +168,17 @@ class EngineContract:
         with pytest.raises(AgentError):
             await rig.engine.start(machine)
         assert await rig.state(machine) is None
+
+    async def test_the_end_of_the_console_is_told_and_bounded(self, rig: EngineRig) -> None:
+        unknown = await rig.make_machine("vm-a")
+        assert await rig.engine.console(unknown.id, unknown.folder, 1000) == b""
+        machine, _ = await rig.started("vm-b")
+        assert await rig.boots(machine) == 1
+        await rig.say(machine)
+        async with asyncio.timeout(LIMIT):
+            while len(await rig.engine.console(machine.id, machine.folder, 64 * 1024)) < 5:  # noqa: ASYNC110 as in `until`
+                await asyncio.sleep(0.05)
+        assert len(await rig.engine.console(machine.id, machine.folder, 5)) == 5
 
     async def test_starting_a_running_vm_leaves_its_process_alone(self, rig: EngineRig) -> None:
         machine, pid = await rig.started("vm-a")

@@ -58,6 +58,10 @@ class DockerRig(EngineRig):
         self._told[machine.id] = (pid, told)
         return told
 
+    async def say(self, machine: Machine) -> None:
+        said = "echo spoken > /proc/1/fd/1; echo and complained > /proc/1/fd/2"
+        self.docker("exec", f"muster-{machine.id}", "sh", "-c", said)
+
     async def next_exit(self) -> VmId:
         """Passes over hints: a new connection to the daemon says "look again" for every VM."""
         while True:

@@ -2,7 +2,7 @@
 import { html } from "../html.mjs";
 import { moment, span } from "../format.mjs";
 import { events, now } from "../store.mjs";
-import { call } from "../stream.mjs";
+import { call, link } from "../stream.mjs";
 import { useEffect } from "../vendor/preact-hooks.mjs";
 import { useSignal } from "../vendor/signals.mjs";
 import { Name, Sign } from "./parts.mjs";
@@ -13,12 +13,16 @@ const SHOWN = 50;
 export function EventList({ of, id }) {
   const kept = useSignal([]);
   const failed = useSignal("");
+  // Said anew with each connection: a new snapshot brings no events, so those of the gap are asked for.
+  const connection = link.value.state === "live" ? link.value : null;
   useEffect(() => {
+    if (!connection) return;
+    failed.value = "";
     call("GET", `events?${of}=${encodeURIComponent(id)}&limit=${SHOWN}`).then(
       (found) => (kept.value = found),
       (error) => (failed.value = error.message),
     );
-  }, [of, id]);
+  }, [of, id, connection]);
   const all = new Map(kept.value.map((one) => [one.id, one]));
   for (const one of events.value) if (one[of] === id) all.set(one.id, one);
   const latest = [...all.values()].sort((a, b) => b.revision - a.revision).slice(0, SHOWN);

@@ -4,6 +4,7 @@ import { endpoints, moment, plural, reachable, size, sshCommand } from "../forma
 import { hosts, vms } from "../store.mjs";
 import { say, STATES, VERDICTS, verdictOf } from "../verdict.mjs";
 import { href } from "../route.mjs";
+import { Console } from "./console.mjs";
 import { Icon } from "./icons.mjs";
 import { Lane } from "./lane.mjs";
 import { Copy, Countdown, Name, Sign } from "./parts.mjs";
@@ -95,6 +96,7 @@ export function Machine({ id, full, withEnv }) {
     <${Reach} vm=${vm} />
     <${Note} vm=${vm} verdict=${verdict} />
     ${full && html`<${Lane} vm=${vm} />`}
+    ${full && vm.host_id && html`<${Console} vm=${vm} />`}
     ${full && html`<${Details} vm=${vm} />`}
   </li>`;
 }
