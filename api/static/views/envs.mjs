@@ -85,7 +85,7 @@ function Dots({ name }) {
   const counts = byEnv.counts(name);
   const drawn = ids.slice(0, DOTS);
   const told = Object.entries(VERDICTS).filter(([verdict]) => counts[verdict]).map(([verdict, { word }]) => `${counts[verdict]} ${word.toLowerCase()}`);
-  return html`<svg width=${drawn.length * 16} height="14" viewBox="0 0 ${drawn.length * 16} 14" role="img" aria-label=${told.join(", ") || "no machine"}>
+  return html`<svg width=${drawn.length * 16} height="14" viewBox="0 0 ${drawn.length * 16} 14" preserveAspectRatio="xMinYMid slice" role="img" aria-label=${told.join(", ") || "no machine"}>
       ${drawn.map((id, at) => {
         const vm = vms.get(id);
         if (!vm) return null;
