@@ -17,7 +17,7 @@ import httpx
 from pydantic import Field, TypeAdapter, ValidationError
 
 from specs.desired import AdoptReq, EnvSpec, HostSpec, canonical_env
-from specs.wire import Env, EnvDetail, Event, FleetStatus, Host, ImageInfo, Message, Plan, UnknownVm, Vm
+from specs.wire import Console, Env, EnvDetail, Event, FleetStatus, Host, ImageInfo, Message, Plan, UnknownVm, Vm
 
 DEFAULT_URL = "http://127.0.0.1:9200"
 CONNECT_LIMIT = 5.0  # seconds
@@ -206,6 +206,11 @@ class Client:
     def vm(self, vm_id: str) -> Vm:
         """One VM by its id."""
         return _parse(Vm, self._call("GET", f"/api/vms/{_part(vm_id)}"))
+
+    def console(self, vm_id: str, tail: int) -> str:
+        """The last lines of a VM's console, at most 64 KiB, control characters and all."""
+        found = self._call("GET", f"/api/vms/{_part(vm_id)}/console", params={"tail": str(tail)})
+        return _parse(Console, found).text
 
     def images(self) -> tuple[ImageInfo, ...]:
         """Every image on every host."""

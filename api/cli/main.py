@@ -10,6 +10,7 @@ import click
 from api.cli.apply import apply
 from api.cli.change import delete, start, stop, wait
 from api.cli.common import Failure, output_option, write_data
+from api.cli.console import console
 from api.cli.describe import describe
 from api.cli.events import events
 from api.cli.get import get
@@ -27,7 +28,7 @@ class _Sections(click.Group):
 
     SECTIONS = (
         ("Ask for machines", (apply, delete, stop, start, vm)),
-        ("See what there is", (get, describe, events, wait)),
+        ("See what there is", (get, describe, events, console, wait)),
         ("Run the cloud", (up, controller, agent, host, adopt, image)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.api.cli_rig import muster
 from tests.fleet_rig import FleetRig, env, vm
 
 
@@ -27,3 +28,13 @@ async def test_a_console_is_told_through_the_controller_and_else_why_not(tmp_pat
         await rig.hosts[0].halt()
         away = await rig.call("GET", path)
         assert (away.status_code, away.json()["code"]) == (503, "offline")
+
+
+async def test_the_command_line_prints_a_console_and_obeys_nothing_in_it(tmp_path: Path) -> None:
+    async with FleetRig(tmp_path) as rig:
+        await rig.call("POST", "/api/envs?wait=30", env("web", vm(name="a")))
+        (machine,) = rig.hosts[0].machines.machines.values()
+        machine.console = "one\r\ntwo \x1b[2J\u202e\n".encode()
+        told = await muster(rig, "console", "web/a", "--tail", "1")
+        assert (told.status, told.out) == (0, "two \\x1b[2J\\u202e\n")
+        assert (await muster(rig, "console", "web/none")).status == 1
