@@ -20,21 +20,6 @@ effect(() => {
   document.title = revision.value === null ? "muster" : `${lead}${place}${ok}/${total} as desired · muster`;
 });
 
-// A reader with a keyboard or screen reader goes on at the new page's heading, not where the old link was.
-let first = true;
-effect(() => {
-  route.value;
-  if (!first) {
-    requestAnimationFrame(() =>
-      requestAnimationFrame(() => {
-        scrollTo(0, 0);
-        document.querySelector("main h1")?.focus({ preventScroll: true });
-      }),
-    );
-  }
-  first = false;
-});
-
 listen();
 setInterval(tick, 1000);
 follow();

@@ -1,5 +1,6 @@
 // The page's keys: `/` to the search, `j` and `k` through what is listed, `?` for help, Esc out of the search.
 // Never while something is typed, in a dialog, or with a modifier: those keys are the browser's and the reader's own.
+import { landing } from "./route.mjs";
 import { link } from "./stream.mjs";
 import { openHelp } from "./views/help.mjs";
 
@@ -10,10 +11,8 @@ function search() {
   const field = document.getElementById("filter");
   if (field) field.select();
   else {
+    landing.id = "filter";
     location.hash = "#/envs";
-    // The new page takes the focus to its heading first (app.mjs, two frames).
-    const later = (frames) => requestAnimationFrame(() => (frames ? later(frames - 1) : document.getElementById("filter")?.select()));
-    later(4);
   }
 }
 

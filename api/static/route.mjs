@@ -17,6 +17,9 @@ function read() {
 
 export const route = signal(read());
 
+/** The `id` of the element that the next page begins at; "" is its heading. */
+export const landing = { id: "" };
+
 const readQuery = () => Object.fromEntries(new URLSearchParams(location.hash.slice(path().length + 1)));
 
 /** What is asked of the page's list: `q` (words), `only` (a verdict), `sort` (a column, `-` before it turns it round). */

@@ -3,7 +3,8 @@ import { html } from "../html.mjs";
 import { span } from "../format.mjs";
 import { heardAt, now, revision, skew, tally } from "../store.mjs";
 import { hasKey, link, retryNow, setKey } from "../stream.mjs";
-import { route } from "../route.mjs";
+import { landing, route } from "../route.mjs";
+import { useLayoutEffect, useRef } from "../vendor/preact-hooks.mjs";
 import { EditPage } from "./edit.mjs";
 import { EnvPage } from "./env.mjs";
 import { EnvsPage } from "./envs.mjs";
@@ -57,7 +58,23 @@ function Spoken() {
   return html`<div class="unseen" role="status">${link.value.state === "live" ? `${ok} of ${total} machines as desired` : ""}</div>`;
 }
 
+/** A reader with a keyboard or screen reader goes on at the new page's heading (or its search), not where the old link was. */
+function useArrival() {
+  const { page, id } = route.value;
+  const first = useRef(true);
+  useLayoutEffect(() => {
+    if (!first.current) {
+      scrollTo(0, 0);
+      const at = document.getElementById(landing.id) ?? document.querySelector("main h1");
+      at?.focus({ preventScroll: true });
+      landing.id = "";
+    }
+    first.current = false;
+  }, [page, id]);
+}
+
 export function Frame() {
+  useArrival();
   const { state } = link.value;
   return html`<a class="skip" href="#main" onClick=${skip}>Skip to the fleet</a>
     <header class="top">
